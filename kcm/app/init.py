@@ -1,0 +1,118 @@
+"""`kcm init`: a commented task.toml from the user's own files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import typer
+
+from kcm.errors import ConfigError
+
+_TEMPLATE = """\
+# {title}
+# Every key is optional but [task] and data.train; `kcm config task` lists them all with their defaults.
+
+[task]
+id = {id}
+modality = "text"
+# The order is the label ids' order: edge and cloud compare a hash of it. Append, never reorder, once devices run.
+labels = {labels}
+
+[data]
+# CSV, JSONL or Parquet with the columns below; paths are relative to this file.
+# train: the edge's own labels. large_train: the large model's, disjoint from the stream.
+# stream: unlabelled samples as they reach the devices. calibration: labels kept back to choose the threshold.
+# test: read by reports only.
+{data}
+text_column = {text_column}
+label_column = {label_column}
+
+[preprocess]
+kind = "ngrams"        # hashed words, word pairs and character n-grams; "tokenizer" goes with an encoder or your own ONNX
+max_words = 400        # longer texts are cut
+
+[small]
+kind = "ngrams"        # or "encoder" with path = "FOLDER" (Hugging Face), or "onnx" with path = "MODEL.onnx"
+
+[judge]
+kind = "kan"           # or "mlp", of equal parameters
+epsilon = 0.98         # until `kcm calibrate` chooses one on your data
+
+[large]
+kind = "encoder"       # a transformers encoder with a head fitted on large_train; "causal" scores labels with a language model
+model = "minilm"       # `kcm fetch minilm`, or a folder
+max_tokens = 128
+
+[prompt]               # what a causal model reads; {{hint}} is empty where the hint is withheld
+template = "{{hint}}Text: {{text}}\\nTopic:"
+hint = "A small model suggests: {{candidates}}.\\n"
+label = " {{label}}"
+
+[cost]                 # money per call, any unit
+cloud_call = 1.0
+local_call = 0.0
+"""
+
+
+def init(
+    folder: Path = typer.Argument(..., metavar="DIR", help="Folder to make."),
+    train: Path = typer.Option(..., "--train", help="The edge's labelled rows: CSV, JSONL or Parquet of text,label."),
+    large_train: Path = typer.Option(None, "--large-train", help="The large model's labelled rows; without it, train serves."),
+    stream: Path = typer.Option(None, "--stream", help="Unlabelled rows as they reach the devices."),
+    calibration: Path = typer.Option(None, "--calibration", help="Labelled rows kept back to choose the threshold."),
+    test: Path = typer.Option(None, "--test", help="Labelled rows that only reports read."),
+    text_column: str = typer.Option("text", help="Column that holds the text."),
+    label_column: str = typer.Option("label", help="Column that holds the label."),
+    force: bool = typer.Option(False, "--force", help="Overwrite a task.toml that is there."),
+) -> None:
+    """Write a commented task.toml that describes your own data; check every row on the way."""
+    from kcm.task import load_task
+    from training.data import label_names, load_split
+
+    if (folder / "task.toml").exists() and not force:
+        raise ConfigError(f"{folder / 'task.toml'} exists", fix="--force overwrites it")
+    given = {"train": train, "large_train": large_train, "stream": stream, "calibration": calibration, "test": test}
+    labels = sorted({name for path in (train, large_train) if path for name in label_names(path, text_column, label_column)})
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {split: os.path.relpath(path.resolve(), folder.resolve()) for split, path in given.items() if path}
+    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in folder.resolve().name) or "task"
+    write_task_toml(folder, name, labels, files, text_column=text_column, label_column=label_column)
+    try:
+        task = load_task(folder)
+        sizes = {split: len(load_split(task, split)) for split in files}
+    except Exception:
+        (folder / "task.toml").unlink()
+        raise
+    typer.echo(f"{folder / 'task.toml'}: {len(labels)} labels; rows: " + ", ".join(f"{k} {v}" for k, v in sizes.items()))
+    typer.echo(f"next: kcm simulate --task {folder}" if "stream" in files else f"next: kcm train --task {folder}")
+
+
+def write_task_toml(
+    folder: Path,
+    name: str,
+    labels: Sequence[str],
+    files: Mapping[str, str],
+    *,
+    title: str = "A task of your own",
+    text_column: str = "text",
+    label_column: str = "label",
+) -> None:
+    """Write task.toml: `files` maps split → path relative to `folder`."""
+    # A JSON string is a TOML basic string, but for DEL, which JSON leaves bare.
+    quoted = [json.dumps(label, ensure_ascii=False).replace("\x7f", "\\u007f") for label in labels]
+    lines = [f"{split} = {json.dumps(files[split], ensure_ascii=False)}" if split in files else f'# {split} = "{split}.csv"' for split in _SPLITS]
+    text = _TEMPLATE.format(
+        title=title,
+        id=json.dumps(name),
+        labels="[\n" + "".join(f"  {q},\n" for q in quoted) + "]",
+        data="\n".join(lines),
+        text_column=json.dumps(text_column),
+        label_column=json.dumps(label_column),
+    )
+    (folder / "task.toml").write_text(text, encoding="utf-8")
+
+
+_SPLITS = ("train", "large_train", "stream", "calibration", "test")

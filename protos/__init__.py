@@ -1,0 +1,1 @@
+"""Protocol buffers: the only thing that edge and cloud share besides kcm."""

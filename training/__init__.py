@@ -1,0 +1,1 @@
+"""PyTorch: small models, the KAN judge, fitting, distillation, calibration, evaluation, baselines."""
