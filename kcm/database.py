@@ -74,7 +74,7 @@ class Database:
         if self._max_bytes is not None:
             page = cast("int", connection.execute("PRAGMA page_size").fetchall()[0][0])
             connection.execute(f"PRAGMA max_page_count={max(64, self._max_bytes // page)}")
-        connection.execute(self._schema)
+        connection.execute(self._schema).fetchall()  # apsw stops at the first row, which a PRAGMA gives
         return connection
 
     def _run(self) -> None:
@@ -99,17 +99,20 @@ class Database:
     def _commit(self, group: list[tuple[Work, Future[object]]]) -> None:
         results: list[tuple[Future[object], object, Exception | None]] = []
         try:
-            with self._connection:
-                for work, future in group:
-                    try:
-                        with self._connection:  # a savepoint: one failing work doesn't take the group along
-                            results.append((future, work(self._connection), None))
-                    except apsw.IOError:
-                        raise
-                    except Exception as error:
-                        results.append((future, None, error))
+            # IMMEDIATE: a group that reads first and then writes would fail at once where another process wrote in between.
+            self._connection.execute("BEGIN IMMEDIATE")
+            for work, future in group:
+                try:
+                    with self._connection:  # a savepoint: one failing work doesn't take the group along
+                        results.append((future, work(self._connection), None))
+                except apsw.IOError:
+                    raise
+                except Exception as error:
+                    results.append((future, None, error))
+            self._connection.execute("COMMIT")
         except apsw.Error as error:
             failure = StoreError(f"{self._path}: commit failed: {error}")
+            failure.__cause__ = error  # an owner may tell damage from a full disk
             for _, future in group:
                 future.set_exception(failure)
             self._reopen()
@@ -118,7 +121,11 @@ class Database:
             if failed is None:
                 future.set_result(value)
             else:
-                future.set_exception(StoreError(f"{self._path}: {failed}") if isinstance(failed, apsw.Error) else failed)
+                if isinstance(failed, apsw.Error):
+                    wrapped = StoreError(f"{self._path}: {failed}")
+                    wrapped.__cause__ = failed
+                    failed = wrapped
+                future.set_exception(failed)
 
     def _reopen(self) -> None:
         """After a failed fsync the page cache can't be trusted: read the file anew, never retry on it."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -18,8 +19,12 @@ from kcm.task import PreprocessSpec
 
 Inputs = dict[str, NDArray[Any]]
 
-_WORD = re.compile(r"\w+|[^\w\s]")
-_CACHED_WORDS = 200_000  # about 100 MB at worst; a device sees far fewer
+_WORD = re.compile(r"[^\W_]+")  # "what's" → what, s: contractions then meet known words
+_CACHED_WORDS = 50_000  # per-word ids kept; about 40 MB at worst, and a device sees far fewer words
+_LONGEST_WORD = 40  # characters of a word that become n-grams; the rest of a URL or a blob says little
+WORDS, PAIRS, GRAMS = range(3)  # the three groups of buckets; a group's ids begin at group · buckets
+GROUPS = 3
+_START, _END = 0x9E37, 0x1234567  # stand for the neighbours that a first and a last word lack
 
 
 class Preprocessor(Protocol):
@@ -47,19 +52,19 @@ def load_preprocessor(spec: PreprocessSpec, files: Mapping[str, bytes]) -> Prepr
 
 
 class NgramPreprocessor:
-    """Hashed n-grams: ids int32 [B, L] and weights float32 [B, L], padded with id 0 and weight 0.
+    """Hashed words, word pairs and character n-grams of `<word>`: ids int32 [B, L], weights float32 [B, L] = 1 + ln(count).
 
-    Bucket 0 is kept for the padding. Per-word ids are cached, so a warm sentence costs a dictionary look-up per word.
+    Padding has id 0 and weight 0. Buckets come from CRC-32, the same on every machine and in every process. What a word
+    alone gives is cached, so a warm sentence costs a look-up per word.
     """
 
     names = ("ids", "weights")
 
     def __init__(self, spec: PreprocessSpec) -> None:
-        self._spec = spec
-        self._words: dict[str, tuple[int, NDArray[np.int32]]] = {}
-        self._mask = spec.buckets - 1
-        if spec.buckets & self._mask:
+        if spec.buckets & (spec.buckets - 1):
             raise BundleError(f"[preprocess] buckets {spec.buckets} is not a power of two")
+        self._spec, self._mask = spec, spec.buckets - 1
+        self._words: dict[str, tuple[int, list[int]]] = {}
 
     def batch(self, payloads: Sequence[str | bytes]) -> Inputs:
         rows = [self.encode(as_text(payload)) for payload in payloads]
@@ -75,8 +80,44 @@ class NgramPreprocessor:
         return {"ids": ids_out, "weights": weights_out}
 
     def encode(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Bucket ids [L] and weights [L] of one text, L >= 1: 1 + ln(count) per distinct word and word pair."""
-        raise NotImplementedError
+        """ids [L] and weights [L] of one text, each id once, L >= 1 (an empty text has the pair start–end)."""
+        buckets, mask = self._spec.buckets, self._mask
+        keys: list[int] = []
+        last = _START
+        for word in _WORD.findall(text.lower())[: self._spec.max_words]:
+            crc, alone = self._words.get(word) or self._remember(word)
+            keys += alone
+            keys.append(PAIRS * buckets + (_mix(last, crc) & mask))
+            last = crc
+        keys.append(PAIRS * buckets + (_mix(last, _END) & mask))
+        counts = Counter(keys)
+        ids = np.fromiter(counts, np.int32, len(counts))
+        if len(counts) == len(keys):
+            return ids, np.ones(len(ids), np.float32)
+        return ids, 1 + np.log(np.fromiter(counts.values(), np.float32, len(counts)))
+
+    @property
+    def buckets(self) -> int:
+        """Buckets of one group."""
+        return self._spec.buckets
+
+    def word_bucket(self, word: str) -> int:
+        """The id of a word, lower case: where its row lies in a table of word vectors."""
+        return zlib.crc32(word.encode()) & self._mask
+
+    def _remember(self, word: str) -> tuple[int, list[int]]:
+        """(CRC of the word, its ids: the word itself and its character n-grams)."""
+        spec, marked = self._spec, f"<{word[:_LONGEST_WORD]}>"
+        crc = zlib.crc32(word.encode())
+        alone = [WORDS * spec.buckets + (crc & self._mask)]
+        for size in range(spec.char_min, min(spec.char_max, len(marked) - 1) + 1):
+            for start in range(len(marked) - size + 1):
+                gram = zlib.crc32(marked[start : start + size].encode(), size)
+                alone.append(GRAMS * spec.buckets + (gram & self._mask))
+        if len(self._words) >= _CACHED_WORDS:
+            self._words.clear()
+        self._words[word] = crc, alone
+        return crc, alone
 
 
 class TokenizerPreprocessor:
@@ -99,6 +140,11 @@ class TokenizerPreprocessor:
             "input_ids": np.array([e.ids for e in encoded], dtype=np.int64),
             "attention_mask": np.array([e.attention_mask for e in encoded], dtype=np.int64),
         }
+
+
+def _mix(first: int, second: int) -> int:
+    """A pair's hash: odd multipliers, then the high bits, since the low ones of a product mix least."""
+    return (first * 0x9E3779B1 ^ second * 0x85EBCA6B) >> 7
 
 
 def as_text(payload: str | bytes) -> str:

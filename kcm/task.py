@@ -45,20 +45,29 @@ class PreprocessSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SmallSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """The small model. "ngrams": ours. "encoder": a Hugging Face folder. "onnx": the user's graph with named logits."""
+    """The small model. "ngrams": ours. "encoder": a Hugging Face folder. "onnx": the user's graph with named logits.
+
+    vectors: the encoder that gives "ngrams" its static word vectors (a fetched model or a folder); "" for none.
+    """
 
     kind: Literal["ngrams", "encoder", "onnx"] = "ngrams"
     path: str = ""
+    vectors: str = "minilm"
+    vector_size: Positive = 256
     logits: str = "logits"
 
 
 class JudgeSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """The judge. "kan", or the equal-parameter "mlp" of the paper's ablation (MCM)."""
+    """The judge. "kan", or the equal-parameter "mlp" of the paper's ablation (MCM).
+
+    hidden: width between two KAN layers; 0 is one layer, an additive model whose every curve can be read. degree 1: fast mode.
+    """
 
     kind: Literal["kan", "mlp"] = "kan"
-    ranks: Positive = 8
-    hidden: Positive = 8
-    grid: Positive = 5
+    ranks: Positive = 5
+    hidden: Annotated[int, msgspec.Meta(ge=0)] = 0
+    grid: Annotated[int, msgspec.Meta(ge=1, le=8)] = 5
+    degree: Literal[1, 3] = 3
     epsilon: Share = DEFAULT_EPSILON
     folds: Annotated[int, msgspec.Meta(ge=2)] = 5
 
@@ -70,6 +79,22 @@ class LargeSpec(msgspec.Struct, frozen=True, kw_only=True):
     model: str = "minilm"
     max_tokens: Positive = 128
     hint_dropout: Share = 0.0
+
+
+class DistillSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A distillation round. Each term can be switched off by its weight.
+
+    teacher_weight: of L_ls, on teacher logits whose max C_l > teacher_epsilon. judge_weight: of L_js, on labelled samples whose
+    C_x > judge_epsilon. direction: "forward" KL(C ‖ F_s), or the seed's "reverse" KL(F_s ‖ C), for L_ls.
+    """
+
+    temperature: Annotated[float, msgspec.Meta(gt=0.0)] = 1.0
+    label_weight: Annotated[float, msgspec.Meta(ge=0.0)] = 1.0
+    teacher_weight: Annotated[float, msgspec.Meta(ge=0.0)] = 1.0
+    teacher_epsilon: Share = 0.0
+    judge_weight: Annotated[float, msgspec.Meta(ge=0.0)] = 0.1
+    judge_epsilon: Share = DEFAULT_EPSILON
+    direction: Literal["forward", "reverse"] = "forward"
 
 
 class PromptSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,6 +123,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     small: SmallSpec = SmallSpec()
     judge: JudgeSpec = JudgeSpec()
     large: LargeSpec = LargeSpec()
+    distill: DistillSpec = DistillSpec()
     prompt: PromptSpec = PromptSpec()
     cost: CostSpec = CostSpec()
     root: str = "."

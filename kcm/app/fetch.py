@@ -66,7 +66,9 @@ class Recipe:
 
 
 RECIPES = {
-    "r52": Recipe(("reuters-r52-train.tab", "reuters-r52-test.tab"), 8, 1500, 400, "Reuters-21578 R52, 52 classes with a natural long tail"),
+    "r52": Recipe(
+        ("reuters-r52-train.tab", "reuters-r52-test.tab"), 8, 1500, 400, "Reuters-21578 R52, 52 classes with a natural long tail"
+    ),
     "20newsgroups": Recipe(("20newsgroups-train.tab", "20newsgroups-test.tab"), 8, 1500, 400, "20 Newsgroups, 20 classes"),
 }
 
@@ -153,7 +155,7 @@ def _make_minilm(wheel: Path, built: Path) -> None:
 
 
 def _make_smollm2(wheel: Path, built: Path) -> None:
-    from cloud_server.models.causal import convert_gguf
+    from cloud_server.models.convert import convert_gguf
 
     convert_gguf(next(wheel.rglob("*.gguf")), built)
 

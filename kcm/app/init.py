@@ -103,7 +103,9 @@ def write_task_toml(
     """Write task.toml: `files` maps split → path relative to `folder`."""
     # A JSON string is a TOML basic string, but for DEL, which JSON leaves bare.
     quoted = [json.dumps(label, ensure_ascii=False).replace("\x7f", "\\u007f") for label in labels]
-    lines = [f"{split} = {json.dumps(files[split], ensure_ascii=False)}" if split in files else f'# {split} = "{split}.csv"' for split in _SPLITS]
+    lines = [
+        f"{split} = {json.dumps(files[split], ensure_ascii=False)}" if split in files else f'# {split} = "{split}.csv"' for split in _SPLITS
+    ]
     text = _TEMPLATE.format(
         title=title,
         id=json.dumps(name),

@@ -57,7 +57,12 @@ def test_an_empty_payload_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("ids", "probabilities", "confidence", "said"),
-    [([0, 1], [0.5], 0.5, "2 labels but 1"), ([7], [0.5], 0.5, "names label 7"), ([0], [1.5], 0.5, "outside"), ([0], [0.5], 2.0, "outside")],
+    [
+        ([0, 1], [0.5], 0.5, "2 labels but 1"),
+        ([7], [0.5], 0.5, "names label 7"),
+        ([0], [1.5], 0.5, "outside"),
+        ([0], [0.5], 2.0, "outside"),
+    ],
 )
 def test_a_hint_must_fit_the_task(ids: list[int], probabilities: list[float], confidence: float, said: str) -> None:
     with pytest.raises(ValueError, match=said):

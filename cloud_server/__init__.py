@@ -1,0 +1,1 @@
+"""The cloud: large models, the gRPC server, the teacher store."""

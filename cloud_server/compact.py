@@ -1,0 +1,270 @@
+"""Inboxes → STORE/parquet/*.parquet, each (edge_id, sample_id) exactly once; of several commits the first wins.
+
+What makes it exact, whenever it is killed: a part appears whole (temporary file, fsync, rename, fsync of the folder) before
+its rows are marked in the inbox, and a row whose key stands in a part is never written again. So a kill in between costs
+nothing but the marking, which the next run makes up for. One run at a time holds a lock on the store.
+
+Memory is bounded by one row group: keys are resolved in a SQLite scratch file, rows are read group by group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import apsw
+import msgspec
+import pyarrow.parquet as pq
+
+from cloud_server.parts import FIELDS, PartWriter, part_files, read_keys, remove_unfinished
+from cloud_server.store import SCHEMA
+from kcm.database import Database
+from kcm.errors import StoreError
+
+_CHUNK = 1024  # rows per transaction on an inbox that a server may be writing
+_GROUP = 8192  # rows per Parquet row group, where there are as many
+_PART = 64 * _GROUP
+
+_SELECT = f"SELECT {', '.join(FIELDS)} FROM rows WHERE seq = ?"  # noqa: S608 (our own column names)
+_INDEX = """
+CREATE TABLE waiting (
+    inbox INTEGER, seq INTEGER, edge_id TEXT, sample_id TEXT, received_ms INTEGER, filled INTEGER, state TEXT DEFAULT '',
+    PRIMARY KEY (inbox, seq)
+) WITHOUT ROWID;
+CREATE INDEX by_key ON waiting (edge_id, sample_id);
+CREATE INDEX by_state ON waiting (state, inbox, seq);
+"""
+# Of each key the earliest commit is the row; it is written once its teacher logits are there, and the others are repeats of it.
+_CHOOSE = """
+UPDATE waiting SET state = 'write' WHERE state = '' AND (filled OR ?) AND NOT EXISTS (
+    SELECT 1 FROM waiting AS o WHERE o.edge_id = waiting.edge_id AND o.sample_id = waiting.sample_id
+    AND (o.received_ms, o.inbox) < (waiting.received_ms, waiting.inbox));
+"""
+_REPEATS = """
+UPDATE waiting SET state = 'repeat' WHERE state = '' AND EXISTS (
+    SELECT 1 FROM waiting AS o WHERE o.edge_id = waiting.edge_id AND o.sample_id = waiting.sample_id AND o.state = 'write');
+"""
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """What one run did, in rows."""
+
+    written: int
+    parts: int
+    repeated: int  # marked without being written: their key is in a part already
+    unfilled: int  # left in the inboxes for want of teacher logits
+    purged: int  # deleted from the inboxes, past the retention
+
+
+class InboxStats(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    waiting: int
+    unfilled: int
+    compacted: int
+
+
+class Stats(msgspec.Struct, frozen=True, kw_only=True):
+    """Rows of a store. Waiting ones of several inboxes may be the same sample."""
+
+    compacted: int
+    parts: int
+    bytes: int
+    inboxes: tuple[InboxStats, ...]
+
+
+def compact(root: Path, *, force: bool = False, retain_days: float = 7.0, dry_run: bool = False) -> Report:
+    """Move what waits in all inboxes of `root` into Parquet parts, and purge rows compacted more than `retain_days` ago.
+
+    Args:
+        force: write rows whose teacher_logits are null, too.
+
+    Raises:
+        StoreError: no store, another compaction runs, a file is damaged, or the disk is full.
+    """
+    inboxes = _inboxes(root)
+    with _locked(root), _scratch_index() as index:
+        parts = root / "parquet"
+        try:
+            if not dry_run:
+                remove_unfinished(parts)
+            return _compact(index, inboxes, parts, force=force, retain_days=retain_days, dry_run=dry_run)
+        except (apsw.Error, OSError) as error:
+            raise StoreError(f"{root} can't be compacted: {error}", fix="check the disk and its free space, then run it again") from error
+
+
+def read_stats(root: Path) -> Stats:
+    """Count the rows of a store.
+
+    Raises:
+        StoreError: no store, or a damaged file.
+    """
+    found = []
+    for path in _inboxes(root):
+        try:
+            with contextlib.closing(_reader(path)) as db:
+                waiting, unfilled, compacted = db.execute(
+                    "SELECT count(*) FILTER (WHERE compacted_ms IS NULL),"
+                    " count(*) FILTER (WHERE compacted_ms IS NULL AND teacher_logits IS NULL),"
+                    " count(*) FILTER (WHERE compacted_ms IS NOT NULL) FROM rows"
+                ).fetchall()[0]
+        except apsw.Error as error:
+            raise StoreError(f"{path} can't be read: {error}") from error
+        found.append(msgspec.convert({"name": path.stem, "waiting": waiting, "unfilled": unfilled, "compacted": compacted}, InboxStats))
+    parts = part_files(root / "parquet")
+    try:
+        rows = sum(pq.read_metadata(part).num_rows for part in parts)
+    except (OSError, ValueError) as error:
+        raise StoreError(f"a part of {root} can't be read: {error}") from error
+    return Stats(compacted=rows, parts=len(parts), bytes=sum(part.stat().st_size for part in parts), inboxes=tuple(found))
+
+
+def _compact(index: apsw.Connection, inboxes: Sequence[Path], parts: Path, *, force: bool, retain_days: float, dry_run: bool) -> Report:
+    _fill_index(index, inboxes, parts)
+    index.execute(_CHOOSE, (force,))
+    index.execute(_REPEATS)
+    states: list[Any] = index.execute("SELECT state, count(*) FROM waiting GROUP BY state").fetchall()
+    count: dict[str, int] = dict(states)
+    written, repeated, unfilled = count.get("write", 0), count.get("repeat", 0), count.get("", 0)
+    if dry_run:
+        return Report(written=written, parts=-(-written // _PART), repeated=repeated, unfilled=unfilled, purged=0)
+    with contextlib.ExitStack() as stack:
+        databases = []
+        for path in inboxes:
+            databases.append(Database(path, SCHEMA))
+            stack.callback(databases[-1].close)
+        made = _write_parts(index, inboxes, databases, parts)
+        for chunk in _pages(index, "repeat", _CHUNK):
+            _mark(databases, chunk)
+        cutoff = time.time_ns() // 1_000_000 - round(retain_days * 86_400_000)
+        purged = sum(_purge(database, cutoff) for database in databases)
+    return Report(written=written, parts=made, repeated=repeated, unfilled=unfilled, purged=purged)
+
+
+def _fill_index(index: apsw.Connection, inboxes: Sequence[Path], parts: Path) -> None:
+    """All rows that wait; those whose key stands in a part become repeats."""
+    for number, path in enumerate(inboxes):
+        with contextlib.closing(_reader(path)) as db, index:
+            index.executemany(
+                "INSERT INTO waiting (inbox, seq, edge_id, sample_id, received_ms, filled) VALUES (?, ?, ?, ?, ?, ?)",
+                (
+                    (number, *row)
+                    for row in db.execute(
+                        "SELECT seq, edge_id, sample_id, received_ms, teacher_logits IS NOT NULL FROM rows WHERE compacted_ms IS NULL"
+                    )
+                ),
+            )
+    if not index.execute("SELECT EXISTS (SELECT 1 FROM waiting)").fetchall()[0][0]:
+        return
+    for keys in read_keys(parts):
+        with index:
+            index.executemany("UPDATE waiting SET state = 'repeat' WHERE edge_id = ? AND sample_id = ?", keys)
+
+
+def _write_parts(index: apsw.Connection, inboxes: Sequence[Path], databases: Sequence[Database], parts: Path) -> int:
+    """Write every chosen row; mark a part's rows once it is there. Returns the number of parts."""
+    made = 0
+    with contextlib.ExitStack() as stack:
+        readers = [stack.enter_context(contextlib.closing(_reader(path))) for path in inboxes]
+        writer: PartWriter | None = None
+        pending: list[list[tuple[int, int]]] = []
+        for chunk in _pages(index, "write", _GROUP):
+            writer = writer or stack.enter_context(PartWriter(parts))
+            writer.write([_read_row(readers[inbox], seq) for inbox, seq in chunk])
+            pending.append(chunk)
+            if writer.rows >= _PART:
+                _finish(writer, pending, databases)
+                writer, pending, made = None, [], made + 1
+        if writer is not None:
+            _finish(writer, pending, databases)
+            made += 1
+    return made
+
+
+def _finish(writer: PartWriter, pending: Sequence[Sequence[tuple[int, int]]], databases: Sequence[Database]) -> None:
+    writer.publish()  # before the marks: marked and not published would be lost
+    for group in pending:
+        for start in range(0, len(group), _CHUNK):
+            _mark(databases, group[start : start + _CHUNK])
+
+
+def _pages(index: apsw.Connection, state: str, size: int) -> Iterator[list[tuple[int, int]]]:
+    """(inbox, seq) of all rows in this state, `size` at a time."""
+    last: tuple[Any, Any] = (-1, -1)
+    while page := index.execute(
+        "SELECT inbox, seq FROM waiting WHERE state = ? AND (inbox, seq) > (?, ?) ORDER BY inbox, seq LIMIT ?", (state, *last, size)
+    ).fetchall():
+        rows: list[Any] = list(page)
+        yield rows
+        last = rows[-1]
+
+
+def _read_row(reader: apsw.Connection, seq: int) -> tuple[Any, ...]:
+    """One row's values in the order of parts.FIELDS."""
+    row: Any = reader.execute(_SELECT, (seq,)).fetchall()[0]
+    return tuple(row)
+
+
+def _mark(databases: Sequence[Database], rows: Sequence[tuple[int, int]]) -> None:
+    """Compacted: the payload goes, the answer stays for resends."""
+    now = time.time_ns() // 1_000_000
+    for number, database in enumerate(databases):
+        values = [(now, seq) for inbox, seq in rows if inbox == number]
+        if not values:
+            continue
+
+        def write(db: apsw.Connection, values: list[tuple[int, int]] = values) -> None:
+            db.executemany(
+                "UPDATE rows SET compacted_ms = ?, text = NULL, image = NULL, small_logits = NULL, teacher_logits = NULL WHERE seq = ?",
+                values,
+            )
+
+        database.submit(write).result()
+
+
+def _purge(database: Database, cutoff_ms: int) -> int:
+    def delete(db: apsw.Connection) -> int:
+        db.execute(
+            "DELETE FROM rows WHERE seq IN (SELECT seq FROM rows WHERE compacted_ms IS NOT NULL AND compacted_ms < ? LIMIT ?)",
+            (cutoff_ms, _CHUNK),
+        )
+        return db.changes()
+
+    total = 0
+    while gone := database.submit(delete).result():
+        total += gone
+    return total
+
+
+def _inboxes(root: Path) -> list[Path]:
+    if not root.is_dir():
+        raise StoreError(f"{root} is no teacher store: the folder does not exist", fix="give the folder that `kcm cloud --store` writes")
+    return sorted(root.glob("inbox-*.db"))
+
+
+def _reader(path: Path) -> apsw.Connection:
+    connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)  # not READONLY: WAL keeps its index in a file
+    connection.set_busy_timeout(10_000)
+    return connection
+
+
+@contextlib.contextmanager
+def _scratch_index() -> Iterator[apsw.Connection]:
+    """A temporary database on disk, which SQLite itself removes."""
+    with contextlib.closing(apsw.Connection("")) as index:
+        index.execute(_INDEX)
+        yield index
+
+
+@contextlib.contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """The kernel drops the lock with the process, however it ends."""
+    with (root / "compact.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(f"another compaction of {root} runs", fix="wait for it to end, then run this again") from None
+        yield

@@ -1,0 +1,52 @@
+"""Fills teacher_logits of rows that were answered under a hint: the same texts again, without it, when nobody waits."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Sequence
+
+from cloud_server.batcher import Batcher, Closed, ModelFailed, Overloaded, Urgency
+from cloud_server.store import TeacherStore, Unfilled
+from kcm.errors import StoreError
+
+_log = logging.getLogger(__name__)
+
+
+async def fill_when_idle(store: TeacherStore, batcher: Batcher, teacher_id: str, *, batch: int, pause_s: float = 1.0) -> None:
+    """Runs until cancelled. A batch at a time, so that a live call waits for one batch at most.
+
+    A batch that the model fails on is tried row by row; the row that it fails on alone is passed over until the next start.
+    """
+    limit, after = batch, 0
+    while True:
+        rows: list[Unfilled] = []
+        try:
+            if batcher.idle:
+                rows = await asyncio.wrap_future(store.unfilled(teacher_id, limit, after))
+                await fill(store, batcher, rows)
+                limit = batch
+        except ModelFailed:
+            if len(rows) == 1:
+                after = rows[0].seq
+                _log.error("a row's teacher logits can't be computed; it is passed over", extra={"seq": after})
+            limit = 1
+        except Closed:
+            return
+        except (StoreError, Overloaded) as error:
+            _log.warning("teacher logits could not be filled", extra={"cause": type(error).__name__})
+            rows = []
+        if not rows:
+            await asyncio.sleep(pause_s)
+
+
+async def fill(store: TeacherStore, batcher: Batcher, rows: Sequence[Unfilled]) -> None:
+    """Score `rows` without a hint and store the result.
+
+    Raises:
+        StoreError, ModelFailed, Overloaded, Closed: as the store and the batcher do.
+    """
+    if rows:
+        scores = await batcher.submit([row.text for row in rows], [None] * len(rows), deadline=math.inf, urgency=Urgency.FILL)
+        await asyncio.wrap_future(store.fill([(row.seq, scores[place]) for place, row in enumerate(rows)]))

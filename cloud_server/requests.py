@@ -1,0 +1,102 @@
+"""From a PredictRequest to checked values: every refusal names the sample and the reason, never the payload."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from cloud_server.config import CloudConfig
+from kcm.sample import Float32, Hint, Purpose, payload_from_proto, scores_from_proto
+from kcm.task import Task
+from protos.kcm.v1 import cloud_pb2
+
+_MAX_ID = 256
+IDENTITY_KEYS = ("x509_subject_alternative_name", "x509_common_name")
+
+
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """One sample of a call, checked."""
+
+    sample_id: str
+    purpose: Purpose
+    p_escalate: float
+    hint: Hint | None
+    payload: str
+    small_logits: Float32 | None
+    confidence: float
+    bundle_id: str
+
+
+def check_request(request: cloud_pb2.PredictRequest, task: Task, config: CloudConfig) -> list[Asked]:
+    """The samples of a call.
+
+    Raises:
+        ValueError: the call or one of its samples can never be answered.
+    """
+    check_id("edge_id", request.edge_id)
+    if not request.samples:
+        raise ValueError("the call has no samples")
+    if len(request.samples) > config.max_samples:
+        raise ValueError(f"the call has {len(request.samples)} samples, at most {config.max_samples} are taken")
+    seen: set[str] = set()
+    asked: list[Asked] = []
+    for place, message in enumerate(request.samples):
+        try:
+            asked.append(_check_sample(message, task, config))
+        except ValueError as error:
+            raise ValueError(f"sample {place} ({printable(message.sample_id)}): {error}") from None
+        if message.sample_id in seen:
+            raise ValueError(f"sample {place} ({printable(message.sample_id)}): its sample_id appears twice in this call")
+        seen.add(message.sample_id)
+    return asked
+
+
+def check_id(name: str, value: str) -> None:
+    """Raises ValueError where `value` can't name an edge or a sample."""
+    if not value:
+        raise ValueError(f"{name} is empty")
+    if len(value) > _MAX_ID or not value.isprintable():
+        raise ValueError(f"{name} is longer than {_MAX_ID} characters or not printable")
+
+
+def printable(text: str) -> str:
+    """An id as an error may show it: short and on one line."""
+    return repr(text if len(text) <= 64 else text[:64] + "…")
+
+
+def peer_identities(auth_context: Mapping[str, Sequence[bytes]]) -> set[str] | None:
+    """The names in the peer's certificate: its subject alternative names, else its common name. None: no TLS."""
+    if b"ssl" not in auth_context.get("transport_security_type", ()):
+        return None
+    for key in IDENTITY_KEYS:
+        if names := {name.decode("utf-8", "replace") for name in auth_context.get(key, ())}:
+            return names
+    return set()
+
+
+def _check_sample(message: cloud_pb2.PredictSample, task: Task, config: CloudConfig) -> Asked:
+    check_id("sample_id", message.sample_id)
+    classes = len(task.labels)
+    if message.purpose not in {int(p) for p in Purpose}:
+        raise ValueError("purpose is not set, or unknown")
+    payload = payload_from_proto(message.payload)
+    if not isinstance(payload, str):
+        raise ValueError(f"task {task.id} reads {task.modality}, the payload is an image")
+    if (size := len(payload.encode())) > config.max_sample_bytes:
+        raise ValueError(f"payload has {size} bytes, at most {config.max_sample_bytes} are taken")
+    for name in ("confidence", "p_escalate"):
+        value = getattr(message, name)
+        if not (math.isfinite(value) and 0.0 <= value <= 1.0):
+            raise ValueError(f"{name} is outside 0..1")
+    return Asked(
+        sample_id=message.sample_id,
+        purpose=Purpose(message.purpose),
+        p_escalate=message.p_escalate,
+        hint=Hint.from_proto(message.hint, classes) if message.HasField("hint") else None,
+        payload=payload,
+        small_logits=scores_from_proto(message.small, task.label_space, classes) if message.HasField("small") else None,
+        confidence=message.confidence,
+        bundle_id=message.bundle_id,
+    )

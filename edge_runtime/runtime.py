@@ -1,0 +1,172 @@
+"""One bundle, ready to answer: preprocess → one run of the fused graph → policy.
+
+EdgeRuntime.load(path).infer([Sample(payload="...")])   in process, without a cloud
+Router                                                   with cloud and spool: what the daemon runs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from edge_runtime.engine import Engine, OrtEngine, Outputs
+from edge_runtime.golden import check_golden
+from kcm.bundle import Bundle, Calibration, Manifest, Precision, load_bundle
+from kcm.errors import BundleError
+from kcm.policy import stays_local
+from kcm.preprocess import Inputs, Preprocessor, load_preprocessor
+from kcm.sample import Answer, Float32, Hint, Sample, Source, new_sample_id
+from kcm.task import Task
+
+NO_CLOUD = "no cloud configured"
+
+
+class InvalidSample(ValueError):
+    """The caller's fault; the message names the sample's index."""
+
+
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
+    """What the device knows of one sample. `answer` is the small model's, as if LOCAL."""
+
+    sample: Sample
+    answer: Answer
+    local: bool  # the policy keeps it here
+    logits: Float32  # [C]
+    hint: Hint | None  # None: the numbers aren't finite
+
+
+class EdgeRuntime:
+    """A verified bundle with its engine. Immutable: a swap replaces the whole object."""
+
+    def __init__(
+        self, *, manifest: Manifest, task: Task, calibration: Calibration, precision: Precision, preprocessor: Preprocessor, engine: Engine
+    ) -> None:
+        self.manifest, self.task, self.calibration, self.precision = manifest, task, calibration, precision
+        self._preprocessor, self._engine = preprocessor, engine
+
+    @classmethod
+    def load(cls, path: str | Path, precision: Precision = "fp32") -> EdgeRuntime:
+        """Read, verify and warm a bundle.
+
+        Raises:
+            BundleError: damaged, of another signature, or with golden outputs that this device doesn't reproduce.
+            MissingExtraError: no ONNX Runtime is installed.
+        """
+        return cls.from_bundle(load_bundle(Path(path)), precision)
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle, precision: Precision = "fp32") -> EdgeRuntime:
+        """As `load`, from a bundle that was read already."""
+        engine = OrtEngine(bundle.model(precision), bundle.manifest.graph, len(bundle.task.labels))
+        preprocessor = load_preprocessor(bundle.task.preprocess, bundle.files)
+        if "golden.npz" not in bundle.files:
+            raise BundleError(f"{bundle.path} has no golden.npz")
+        check_golden(engine, preprocessor, bundle.files["golden.npz"])
+        # The bundle's bytes aren't kept: the session has its own copy.
+        return cls(
+            manifest=bundle.manifest,
+            task=bundle.task,
+            calibration=bundle.calibration[precision],
+            precision=precision,
+            preprocessor=preprocessor,
+            engine=engine,
+        )
+
+    @property
+    def bundle_id(self) -> str:
+        return self.manifest.bundle_id
+
+    @property
+    def epsilon(self) -> float:
+        return self.calibration.epsilon
+
+    @property
+    def provider(self) -> str:
+        """What runs the graph, as the runtime reports it."""
+        return self._engine.provider
+
+    def infer(self, samples: Sequence[Sample]) -> list[Answer]:
+        """Answer every sample on this device, in order.
+
+        A sample that the policy would escalate gets the small model's answer as DEGRADED.
+
+        Raises:
+            InvalidSample: another modality, or a sample_id twice; the message names the sample's index.
+        """
+        check_ids(samples)
+        return [d.answer if d.local else degraded(d.answer, NO_CLOUD) for d in self.decide(samples)]
+
+    def decide(self, samples: Sequence[Sample], first: int = 0) -> list[Decision]:
+        """The small model's answer for every sample, and whether the policy keeps it here.
+
+        Args:
+            first: index of samples[0] in the caller's request, for the message of an error.
+
+        Raises:
+            InvalidSample: a payload of another modality; the message names the sample's index.
+        """
+        decisions: list[Decision] = []
+        step = self.manifest.graph.max_batch
+        for start in range(0, len(samples), step):
+            part = samples[start : start + step]
+            outputs = self._engine.run(self._inputs(part, first + start))
+            decisions += self._decide(part, outputs)
+        return decisions
+
+    def _decide(self, samples: Sequence[Sample], outputs: Outputs) -> list[Decision]:
+        ids, probabilities, confidences = outputs.top_ids.tolist(), outputs.top_probs.tolist(), outputs.confidence.tolist()
+        labels, epsilon = self.task.labels, self.calibration.epsilon
+        decisions = []
+        for row, sample in enumerate(samples):
+            confidence = confidences[row]
+            answer = Answer(
+                sample_id=sample.sample_id or new_sample_id(),
+                label_id=ids[row][0],
+                label=labels[ids[row][0]],
+                source=Source.LOCAL,
+                confidence=confidence,
+                candidates=tuple(zip(ids[row], probabilities[row], strict=True)),
+                model_id=self.manifest.bundle_id,
+            )
+            local = stays_local(confidence, epsilon, sample.route)
+            logits = outputs.logits[row]
+            hint = None if local or not _finite(logits, confidence) else _hint(ids[row], probabilities[row], confidence)
+            decisions.append(Decision(sample=sample, answer=answer, local=local, logits=logits, hint=hint))
+        return decisions
+
+    def _inputs(self, samples: Sequence[Sample], start: int) -> Inputs:
+        try:
+            return self._preprocessor.batch([sample.payload for sample in samples])
+        except ValueError:
+            for row, sample in enumerate(samples):
+                try:
+                    self._preprocessor.batch([sample.payload])
+                except ValueError as error:
+                    raise InvalidSample(f"sample {start + row}: {error}") from error
+            raise
+
+
+def degraded(answer: Answer, reason: str) -> Answer:
+    """The small model's answer, since the cloud's did not come."""
+    return msgspec.structs.replace(answer, source=Source.DEGRADED, reason=reason)
+
+
+def check_ids(samples: Sequence[Sample]) -> None:
+    """Raises InvalidSample where one sample_id appears twice: the answer to which would be which?"""
+    seen: dict[str, int] = {}
+    for index, sample in enumerate(samples):
+        if sample.sample_id and (first := seen.setdefault(sample.sample_id, index)) != index:
+            raise InvalidSample(f"sample {index} has the sample_id of sample {first}: {sample.sample_id!r}")
+
+
+def _finite(logits: Float32, confidence: float) -> bool:
+    return bool(np.isfinite(logits).all() and np.isfinite(confidence))
+
+
+def _hint(ids: list[int], probabilities: list[float], confidence: float) -> Hint:
+    # float32 sums can end a hair above one; the cloud refuses that
+    clipped = tuple(min(max(p, 0.0), 1.0) for p in probabilities)
+    return Hint(label_ids=tuple(ids), probabilities=clipped, confidence=min(max(confidence, 0.0), 1.0))

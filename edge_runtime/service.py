@@ -1,0 +1,142 @@
+"""kcm.v1.Edge over gRPC: reads requests, refuses what can't be read, hands the rest to the router."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import grpc
+
+from edge_runtime.breaker import State
+from edge_runtime.cloud_client import CloudClient
+from edge_runtime.config import EdgeConfig
+from edge_runtime.router import Router
+from edge_runtime.runtime import InvalidSample
+from edge_runtime.spool import Spool
+from edge_runtime.stats import Stats
+from edge_runtime.updater import Updater
+from kcm.sample import Route, Sample, Source, new_sample_id, payload_from_proto
+from protos.kcm.v1 import bundle_pb2, edge_pb2, edge_pb2_grpc
+
+if TYPE_CHECKING:
+    Context = grpc.aio.ServicerContext[edge_pb2.InferRequest, edge_pb2.InferReply]
+
+NAME = "kcm.v1.Edge"
+_WINDOW = 64  # requests of one stream that are worked on at once
+_MAX_ID = 256
+
+
+class EdgeService(edge_pb2_grpc.EdgeServicer):  # type: ignore[misc]
+    """The servicer. `stop_reading` begins the end of streams that would never end by themselves."""
+
+    def __init__(
+        self, config: EdgeConfig, router: Router, updater: Updater, stats: Stats, *, client: CloudClient | None, spool: Spool | None
+    ) -> None:
+        self._config, self._router, self._updater, self._stats = config, router, updater, stats
+        self._client, self._spool = client, spool
+        self._readers: set[asyncio.Task[None]] = set()
+        self._stopping = False
+
+    async def Infer(self, request: edge_pb2.InferRequest, context: Context) -> edge_pb2.InferReply:
+        try:
+            return await self._answer(request, context.time_remaining())
+        except InvalidSample as error:
+            await self._refuse(context, error)
+
+    async def InferStream(self, requests: AsyncIterator[edge_pb2.InferRequest], context: Context) -> AsyncIterator[edge_pb2.InferReply]:
+        pending: asyncio.Queue[asyncio.Task[edge_pb2.InferReply] | None] = asyncio.Queue()
+        window = asyncio.Semaphore(_WINDOW)
+
+        async def read() -> None:
+            try:
+                async for request in requests:
+                    await window.acquire()
+                    pending.put_nowait(asyncio.create_task(self._answer(request, context.time_remaining())))
+            finally:
+                pending.put_nowait(None)
+
+        reader = asyncio.create_task(read())
+        self._readers.add(reader)
+        if self._stopping:
+            reader.cancel()
+        try:
+            while (task := await pending.get()) is not None:
+                try:
+                    yield await task
+                except InvalidSample as error:
+                    await self._refuse(context, error)
+                window.release()
+            if self._stopping:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "the edge is shutting down: send what was not answered again")
+        finally:
+            self._readers.discard(reader)
+            _drop(reader)
+            while not pending.empty():
+                if (left := pending.get_nowait()) is not None:
+                    _drop(left)
+
+    async def Status(self, request: edge_pb2.StatusRequest, context: object) -> edge_pb2.StatusReply:
+        runtime, stats = self._router.runtime, self._stats
+        manifest = runtime.manifest
+        cloud = "off" if self._client is None else "ready" if self._client.breaker.state is State.CLOSED else "unreachable"
+        return edge_pb2.StatusReply(
+            bundle=bundle_pb2.BundleInfo(
+                bundle_id=manifest.bundle_id,
+                task_id=manifest.task_id,
+                label_space=manifest.label_space,
+                precision=runtime.precision,
+                calibration_id=runtime.calibration.calibration_id,
+                round=manifest.round,
+                engine=runtime.provider,
+            ),
+            cloud=cloud,
+            answered_local=stats.answers[Source.LOCAL],
+            answered_cloud=stats.answers[Source.CLOUD],
+            answered_degraded=stats.answers[Source.DEGRADED],
+            spool_depth=self._spool.waiting if self._spool else 0,
+            last_refusal=self._updater.last_refusal,
+            epsilon=runtime.epsilon,
+        )
+
+    def stop_reading(self) -> None:
+        """Take no more from open streams: what was read is answered, then they end as UNAVAILABLE."""
+        self._stopping = True
+        for reader in self._readers:
+            reader.cancel()
+
+    async def _answer(self, request: edge_pb2.InferRequest, remaining_s: float | None) -> edge_pb2.InferReply:
+        answers = await self._router.infer(self._samples(request), remaining_s)
+        return edge_pb2.InferReply(answers=[answer.to_proto() for answer in answers])
+
+    def _samples(self, request: edge_pb2.InferRequest) -> list[Sample]:
+        """Raises InvalidSample: which sample can't be read, and why."""
+        if len(request.samples) > self._config.max_samples:
+            raise InvalidSample(f"{len(request.samples)} samples in one call, at most {self._config.max_samples} are taken")
+        samples = []
+        for index, message in enumerate(request.samples):
+            try:
+                samples.append(self._sample(message))
+            except ValueError as error:
+                raise InvalidSample(f"sample {index}: {error}") from error
+        return samples
+
+    def _sample(self, message: edge_pb2.InferSample) -> Sample:
+        if message.payload.ByteSize() > self._config.max_sample_bytes:
+            raise ValueError(f"{message.payload.ByteSize()} bytes, at most {self._config.max_sample_bytes} are taken")
+        if len(message.sample_id) > _MAX_ID:
+            raise ValueError(f"sample_id has {len(message.sample_id)} characters, at most {_MAX_ID} are taken")
+        return Sample(
+            payload=payload_from_proto(message.payload), sample_id=message.sample_id or new_sample_id(), route=Route(message.route)
+        )
+
+    async def _refuse(self, context: Context, error: InvalidSample) -> NoReturn:
+        self._stats.invalid_requests += 1
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        raise AssertionError("abort raises")
+
+
+def _drop(task: asyncio.Task[Any]) -> None:
+    """End a task whose result nobody will read."""
+    task.cancel()
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())

@@ -1,0 +1,138 @@
+"""Joining the packages: a task's small model with its word vectors, and its large model in process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kcm.assets import cache_dir, model_path
+from kcm.errors import ConfigError, require
+from kcm.task import Task
+
+if TYPE_CHECKING:
+    from training.data import Split
+    from training.ngrams import WordVectors
+    from training.small import Small
+
+Float32 = NDArray[np.float32]
+Progress = Callable[[str], None]
+
+
+def one_thread() -> None:
+    """PyTorch on one thread: on busy cores more are slower, many times so."""
+    require("torch", "train").set_num_threads(1)
+
+
+def load_small_kind(task: Task, progress: Progress) -> Small:
+    """The trainer of the task's kind of small model.
+
+    Raises:
+        ConfigError: the encoder that gives word vectors, or the user's model, isn't there.
+    """
+    if task.small.kind != "ngrams":
+        from training.foreign import load_foreign
+
+        return load_foreign(task)
+    from training.small import Ngrams
+
+    return Ngrams(task, word_vectors(task, progress) if task.small.vectors else None)
+
+
+def word_vectors(task: Task, progress: Progress) -> WordVectors:
+    """Static vectors of the words that an encoder's tokenizer knows whole; made once per encoder, kept in the cache."""
+    from kcm.preprocess import NgramPreprocessor
+    from training.ngrams import distil_words
+
+    folder = model_path(task.small.vectors)
+    file = cache_dir() / "word-vectors" / f"{_identity(folder)}.npz"
+    if not file.exists():
+        from cloud_server.models.encoder import Encoder
+
+        words = _vocabulary(folder)
+        progress(f"word vectors: {len(words)} words through {folder.name}, once")
+        vectors = Encoder(folder, max_tokens=16).embed(words)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        building = file.with_suffix(".building")
+        with building.open("wb") as out:
+            np.savez(out, words=np.array(words), vectors=vectors.astype(np.float16))
+        building.rename(file)
+    with np.load(file, allow_pickle=False) as stored:
+        table = dict(zip(stored["words"].tolist(), stored["vectors"].astype(np.float32), strict=True))
+
+    def embed(words: list[str]) -> Float32:
+        return np.stack([table[word] for word in words])
+
+    return distil_words(list(table), embed, NgramPreprocessor(task.preprocess), task.small.vector_size)
+
+
+def _identity(folder: Path) -> str:
+    """A hash over name, size and the first and last bytes of the weights, and the tokenizer: cheap, and enough for a cache."""
+    digest = hashlib.sha256((folder / "tokenizer.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(f"{path.name}\x00{path.stat().st_size}".encode() + file.read(2**16))
+            file.seek(-min(2**16, path.stat().st_size), 2)
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def _vocabulary(folder: Path) -> list[str]:
+    """Whole words of tokenizer.json, lower case, in a fixed order; word pieces are left out."""
+    try:
+        vocabulary: Any = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{folder} has no readable tokenizer.json: {error}", fix='set vectors = "" under [small]') from error
+    entries = vocabulary if isinstance(vocabulary, dict) else [entry[0] for entry in vocabulary]
+    whole = {entry.lstrip("▁Ġ").lower() for entry in entries if not entry.startswith("##")}
+    return sorted(word for word in whole if re.fullmatch(r"[^\W_]+", word))
+
+
+class LargeInProcess:
+    """A task's large model here, without a server: fit its head where it has one, and answer with each text computed once."""
+
+    def __init__(self, task: Task, folder: Path, train: Split | None, progress: Progress) -> None:
+        """Fit (encoder) or describe (causal) the large model in `folder`.
+
+        Raises:
+            ConfigError: the model's weights aren't there.
+        """
+        from cloud_server.models.encoder import Encoder
+        from training.large_head import fit_head, save_large
+
+        self.folder, self._known = folder, dict[str, Float32]()
+        if task.large.kind == "encoder":
+            assert train is not None
+            encoder = Encoder(model_path(task.large.model), task.large.max_tokens)
+            self._head = fit_head(self._embed(encoder, train.texts, progress), train.y, len(task.labels))
+            save_large(folder, task, self._head)
+            self._answer: Callable[[list[str]], Float32] = lambda texts: self._head.logits(self._embed(encoder, texts, progress))
+        else:
+            from cloud_server.models import load_large
+
+            save_large(folder, task, None)
+            model = load_large(folder)
+            self._answer = lambda texts: model.logits(texts, [None] * len(texts))
+
+    def logits(self, texts: Sequence[str]) -> Float32:
+        """[N, C], without a hint."""
+        missing = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if missing:
+            self._known.update(zip(missing, self._answer(missing), strict=True))
+        return np.stack([self._known[text] for text in texts])
+
+    @staticmethod
+    def _embed(encoder: Any, texts: Sequence[str], progress: Progress) -> Float32:
+        """Embeddings [N, D], with a word on progress every thousand texts."""
+        parts = []
+        for start in range(0, len(texts), 1000):
+            if len(texts) > 1000:
+                progress(f"large model: {start} of {len(texts)} texts")
+            parts.append(encoder.embed(texts[start : start + 1000]))
+        return np.concatenate(parts)
