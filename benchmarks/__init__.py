@@ -1,0 +1,1 @@
+"""What is measured, with its peers in the same run: python -m benchmarks.NAME --help."""

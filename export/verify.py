@@ -1,0 +1,76 @@
+"""Do torch and ONNX Runtime agree, on logits and on decisions?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from export.bundle import tokenizer_json
+from export.session import Session
+from kcm.bundle import Bundle
+from kcm.errors import VerifyError
+from kcm.preprocess import load_preprocessor
+from training.run import Run
+from training.small import Small
+
+LOGITS = 1e-3  # relative to the largest logit
+CONFIDENCE = 1e-3  # a decision may differ only where C_x lies this near to ε
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Report:
+    """`decisions` counts samples that one side keeps and the other escalates; `excused` of them lie within CONFIDENCE of ε."""
+
+    samples: int
+    logits_error: float
+    confidence_error: float
+    labels: int
+    decisions: int
+    excused: int
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def verify(run: Run, kind: Small, bundle: Bundle, texts: list[str]) -> Report:
+    """Compare the run in torch with the bundle's fp32 graph on `texts`.
+
+    Raises:
+        VerifyError: logits, labels, C_x or a decision differ beyond the bars, or the bundle is of another run.
+    """
+    if bundle.task.label_space != run.task.label_space:
+        raise VerifyError(f"{bundle.path} has other labels than the run")
+    if tokenizer_json(run) != bundle.files.get("tokenizer.json", b""):
+        raise VerifyError(f"{bundle.path} has another tokenizer.json than the run")
+    predictions = kind.predict(run.small, kind.featurise(texts))
+    confidence = run.judge.confidence(predictions)
+    preprocessor = load_preprocessor(bundle.task.preprocess, bundle.files)
+    session = Session(bundle.model("fp32"))
+    parts = [session.run(preprocessor.batch(texts[i : i + _BATCH])) for i in range(0, len(texts), _BATCH)]
+    logits, c, top = (np.concatenate([part[name] for part in parts]) for name in ("logits", "confidence", "top_ids"))
+
+    epsilon = bundle.calibration["fp32"].epsilon
+    moved = (c > epsilon) != (confidence > epsilon)
+    excused = moved & (np.abs(confidence - epsilon) < CONFIDENCE)
+    # A tie between two labels may break either way; a label that leads by more than the bar may not change.
+    scale = max(1.0, float(np.abs(predictions.logits).max()))
+    lead = np.take_along_axis(predictions.logits, top[:, :1], 1)[:, 0] >= predictions.logits.max(1) - 2 * LOGITS * scale
+    report = Report(
+        samples=len(texts),
+        logits_error=float(np.abs(logits - predictions.logits).max()) / scale,
+        confidence_error=float(np.abs(c - confidence).max()),
+        labels=int((~lead).sum()),
+        decisions=int(moved.sum()),
+        excused=int(excused.sum()),
+    )
+    wrong = [
+        f"logits differ by {report.logits_error:.2e} (bar {LOGITS:g})" if report.logits_error > LOGITS else "",
+        f"C_x differs by {report.confidence_error:.2e} (bar {CONFIDENCE:g})" if report.confidence_error > CONFIDENCE else "",
+        f"{report.labels} answers differ" if report.labels else "",
+        f"{report.decisions - report.excused} decisions differ away from ε" if report.decisions > report.excused else "",
+    ]
+    if any(wrong):
+        raise VerifyError(f"{bundle.path}: " + "; ".join(w for w in wrong if w), fix="export the run again; if it stays, this is a bug")
+    return report

@@ -1,0 +1,186 @@
+"""`kcm calibrate`, `kcm export` and `kcm verify`: from a run to a bundle that a device may trust."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+import typer
+
+from kcm.app.progress import Steps
+from kcm.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from kcm.bundle import Manifest
+    from training.data import Split
+    from training.run import Run, Threshold
+    from training.small import Small
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run of `kcm train` or `kcm distill`.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+_CURVE = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+
+
+def calibrate(
+    run: RunFolder,
+    cloud_rate: Annotated[float | None, typer.Option("--cloud-rate", min=0.0, max=1.0, help="Share of samples that may go up.")] = None,
+    accuracy: Annotated[
+        float | None, typer.Option("--accuracy", min=0.0, max=1.0, help="Accuracy on the calibration split, with the fewest calls.")
+    ] = None,
+    epsilon: Annotated[float | None, typer.Option("--epsilon", min=-1.0, max=1.0, help="This ε; the paper's is 0.98.")] = None,
+    large: Annotated[Path | None, typer.Option("--large", help="Folder of the large model; --accuracy needs its answers.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Choose ε for a budget of cloud calls, for an accuracy, or by hand; print what it costs, and the curve.
+
+    A rate is read off samples that the small model hasn't seen: the task's stream less what was distilled, else the
+    run's out-of-fold predictions. An accuracy needs labels that were kept back (calibration under [data]) and is an
+    estimate without a guarantee.
+
+    Try it: kcm calibrate runs/train/1 --cloud-rate 0.3
+    """
+    from kcm.app.models import load_small_kind, one_thread
+    from kcm.policy import epsilon_for_rate
+    from training.calibrate import fixed, for_accuracy, for_rate
+    from training.data import load_split
+    from training.run import load_run, save_threshold
+
+    if [cloud_rate, accuracy, epsilon].count(None) != 2:
+        raise ConfigError("choose one of --cloud-rate, --accuracy and --epsilon")
+    one_thread()
+    steps = Steps(quiet=as_json)
+    loaded = load_run(run)
+    kind = load_small_kind(loaded.task, steps)
+    if accuracy is not None:
+        if large is None:
+            raise ConfigError("--accuracy needs the large model's answers", fix="--large FOLDER (kcm train-large makes one)")
+        split = load_split(loaded.task, "calibration")
+        confidence, right = confidences(loaded, kind, split.texts)
+        threshold = for_accuracy(confidence, right == split.y, _large_answers(large, split, steps) == split.y, accuracy)
+        source = f"{len(split)} labelled calibration samples"
+    else:
+        texts = fresh_texts(loaded)
+        confidence = confidences(loaded, kind, texts)[0] if texts else loaded.judge.confidence(loaded.out_of_fold)
+        source = f"{len(texts)} fresh samples of the stream" if texts else f"{confidence.size} out-of-fold predictions"
+        threshold = for_rate(confidence, cloud_rate) if cloud_rate is not None else fixed(confidence, epsilon or 0.0)
+    save_threshold(run, threshold)
+    curve = {str(rate): epsilon_for_rate(confidence, rate) for rate in _CURVE}
+    if as_json:
+        typer.echo(json.dumps({**msgspec.to_builtins(threshold), "source": source, "curve": curve}))
+        return
+    typer.echo(_describe(threshold, source))
+    typer.echo("calls   ε\n" + "\n".join(f"{float(rate):5.0%}   {value:.4f}" for rate, value in curve.items()))
+    typer.echo(f"{run / 'calibration.json'} written; next: kcm export {run} --out BUNDLE")
+
+
+def _describe(threshold: Threshold, source: str) -> str:
+    assert threshold.cloud_rate is not None and threshold.cloud_rate_interval is not None
+    low, high = threshold.cloud_rate_interval
+    text = f"ε = {threshold.epsilon:.4f}: {threshold.cloud_rate:.1%} cloud calls [{low:.1%}, {high:.1%}] on {source}"
+    return text if threshold.accuracy is None else f"{text}, accuracy {threshold.accuracy:.1%} there"
+
+
+def confidences(run: Run, kind: Small, texts: list[str]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """C_x [N] and the small model's answers [N] for texts that it wasn't fitted on."""
+    predictions = kind.predict(run.small, kind.featurise(texts))
+    return run.judge.confidence(predictions), predictions.logits.argmax(1)
+
+
+def fresh_texts(run: Run) -> list[str]:
+    """The task's stream less every text that this run was fitted on; empty where the task names no stream."""
+    from training.data import load_split
+
+    if not run.task.data.stream:
+        return []
+    seen = set(run.texts)
+    return [text for text in load_split(run.task, "stream").texts if text not in seen]
+
+
+def _large_answers(large: Path, split: Split, steps: Steps) -> NDArray[np.int64]:
+    from cloud_server.models import load_large
+
+    steps(f"large model: {len(split)} calibration samples")
+    return load_large(large).logits(split.texts, [None] * len(split)).argmax(1)
+
+
+def export(
+    run: RunFolder,
+    out: Annotated[Path, typer.Option("--out", help="The bundle's folder.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """One fused ONNX graph (small model, judge, candidates, C_x), verified against torch, in a bundle with hashes.
+
+    Try it: kcm export runs/train/1 --out bundle
+    """
+    manifest = export_run(run, out, force=force)
+    if as_json:
+        typer.echo(json.dumps({"bundle": str(out), "bundle_id": manifest.bundle_id}))
+        return
+    size = sum(entry.size for entry in manifest.files.values())
+    typer.echo(f"{out}: bundle {manifest.bundle_id}, {size / 1e6:.1f} MB; next: kcm edge --bundle {out}")
+
+
+def export_run(folder: Path, out: Path, *, force: bool) -> Manifest:
+    """Export, then verify what was written; a bundle that doesn't agree with torch is taken away again."""
+    import shutil
+
+    from export.bundle import export_bundle
+    from kcm.app.models import load_small_kind
+    from training.run import load_run
+
+    run = load_run(folder)
+    manifest = export_bundle(run, out, golden_texts=run.texts, force=force)
+    try:
+        check(run, load_small_kind(run.task, Steps(quiet=True)), out, run.texts[:256])
+    except Exception:
+        shutil.rmtree(out)
+        raise
+    (folder / "bundle_id").write_text(manifest.bundle_id)
+    return manifest
+
+
+def check(run: Run, kind: Small, bundle: Path, texts: list[str]) -> dict[str, float]:
+    """Raises VerifyError or BundleError where the bundle isn't the run's."""
+    from export.verify import verify as compare
+    from kcm.bundle import load_bundle
+
+    return compare(run, kind, load_bundle(bundle), texts).to_dict()
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle of `kcm export`.")],
+    run: Annotated[Path, typer.Option("--run", help="The run that it was exported from.")],
+    texts: Annotated[
+        Path | None, typer.Option("--texts", help="CSV, JSONL or Parquet of texts; default: the task's test or train file.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare torch and ONNX Runtime on logits, answers, C_x and decisions; exit code 6 where they differ.
+
+    Try it: kcm verify bundle --run runs/train/1
+    """
+    from kcm.app.models import load_small_kind, one_thread
+    from training.data import load_split, read_rows
+    from training.run import load_run
+
+    one_thread()
+    loaded = load_run(run)
+    task = loaded.task
+    if texts is not None:
+        chosen = read_rows(texts, task.data.text_column, task.data.label_column, labels_optional=True)[0]
+    else:
+        chosen = load_split(task, "test" if task.data.test else "train").texts
+    report: dict[str, Any] = check(loaded, load_small_kind(task, Steps(quiet=True)), bundle, chosen)
+    if as_json:
+        typer.echo(json.dumps(report))
+        return
+    typer.echo(
+        f"{report['samples']} samples: logits within {report['logits_error']:.1e} (relative), C_x within {report['confidence_error']:.1e}, "
+        f"{report['labels']} answers differ, {report['decisions']} decisions differ ({report['excused']} of them at ε itself)"
+    )

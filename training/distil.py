@@ -1,0 +1,96 @@
+"""A distillation round's examples: labels (CE), the large model's logits (L_ls), the judge's own confidence (L_js).
+
+Source: arXiv 2510.20278: L_ls between F_s(x) and C_l where C_l > ε, L_js between F_s(x) and C_x where C_x > ε. In the forward
+direction every term is a cross-entropy, so a sample's terms add up to one soft target with one weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kcm.task import DistillSpec
+from training.fit import softmax
+from training.judge import Judge, Predictions
+from training.small import Examples, Small
+
+Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Soft targets [N, C] and weights [N]; `passed` is the share of teacher rows whose max C_l > ε_l."""
+
+    targets: Float32
+    weights: Float32
+    passed: float
+
+
+def round_examples(
+    kind: Small, labelled: Examples, out_of_fold: Predictions, judge: Judge, features: Any, logits: Float32, spec: DistillSpec
+) -> tuple[Examples, float, NDArray[np.int64]]:
+    """Everything that a round learns from, the share of teacher rows above ε_l, and which of them are used.
+
+    Args:
+        labelled: the labelled samples of round 0, replayed each round, their targets one-hot [N, C].
+        out_of_fold: the current small model's out-of-fold predictions for them, which `judge` reads for L_js.
+        features, logits: of the M samples that the large model answered without a hint, [M, C].
+    """
+    own = label_lesson(labelled.targets, out_of_fold, judge, spec)
+    lesson = teacher_lesson(logits, spec)
+    used = np.flatnonzero(lesson.weights > 0)
+    n, m = len(labelled), len(used)
+    reverse = np.zeros(n + m, bool)
+    reverse[n:] = spec.direction == "reverse"
+    examples = Examples(
+        features=kind.join(labelled.features, kind.take(features, used)),
+        targets=np.concatenate([own.targets, lesson.targets[used]]),
+        weights=np.concatenate([own.weights, lesson.weights[used]]),
+        labelled=np.arange(n + m) < n,
+        reverse=reverse,
+    )
+    return examples, lesson.passed, used
+
+
+def teacher_lesson(logits: Float32, spec: DistillSpec) -> Lesson:
+    """L_ls: teacher logits [N, C] → targets at the temperature; rows at or below ε_l weigh nothing."""
+    c_l = softmax(logits)
+    keep = c_l.max(1) > spec.teacher_epsilon
+    weights = np.where(keep, np.float32(spec.teacher_weight), np.float32(0.0))
+    return Lesson(softmax(logits, spec.temperature), weights, float(keep.mean()) if len(keep) else 0.0)
+
+
+def label_lesson(labels: Float32, out_of_fold: Predictions, judge: Judge, spec: DistillSpec) -> Lesson:
+    """CE and L_js on labelled samples: one-hot labels [N, C], with the current judge's distribution added where C_x > ε."""
+    c_x = judge_distribution(judge, out_of_fold)
+    sure = judge.confidence(out_of_fold) > spec.judge_epsilon
+    js = np.where(sure, np.float32(spec.judge_weight), np.float32(0.0))
+    weights = np.float32(spec.label_weight) + js
+    mixed = np.float32(spec.label_weight) * labels + js[:, None] * c_x
+    safe = np.where(weights > 0, weights, np.float32(1.0))
+    return Lesson((mixed / safe[:, None]).astype(np.float32), weights.astype(np.float32), float(sure.mean()) if len(sure) else 0.0)
+
+
+def judge_distribution(judge: Judge, predictions: Predictions) -> Float32:
+    """C_x as a distribution over classes [N, C]: each rank's probability goes to the class at that rank.
+
+    What the judge gives to "none of the ranks" is shared among the other classes as the small model shares it.
+    """
+    import torch
+
+    with torch.inference_mode():
+        by_rank = judge(*predictions.tensors()).exp().numpy()  # [N, ranks + 1]
+    order = np.argsort(-predictions.logits, axis=1, kind="stable")
+    p = softmax(predictions.logits)
+    out = np.zeros_like(p)
+    np.put_along_axis(out, order[:, : judge.ranks], by_rank[:, : judge.ranks], 1)
+    others = p.copy()
+    np.put_along_axis(others, order[:, : judge.ranks], 0.0, 1)
+    rest = others.sum(1, keepdims=True)
+    if p.shape[1] > judge.ranks:
+        out += by_rank[:, judge.ranks :] * np.where(rest > 0, others / np.maximum(rest, 1e-30), 0)
+    distribution: Float32 = (out / out.sum(1, keepdims=True)).astype(np.float32)
+    return distribution

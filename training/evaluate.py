@@ -1,0 +1,77 @@
+"""How a routed system scores: accuracy against cloud calls, intervals, paired differences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kcm.policy import epsilon_for_rate
+
+Float = NDArray[np.floating]
+Bool = NDArray[np.bool_]
+
+RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 1.0)  # targets of every curve
+_Z95 = 1.959964
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Accuracy and share of cloud calls of one ε on one split; `right` [N] says per sample whether the answer was right."""
+
+    accuracy: float
+    cloud_rate: float
+    right: Bool
+
+
+def route(confidence: Float, small_right: Bool, large_right: Bool, epsilon: float) -> Routed:
+    """Answer N samples by the policy: local where confidence > ε. All arrays are [N]."""
+    local = confidence > epsilon
+    right = np.where(local, small_right, large_right)
+    return Routed(float(right.mean()), float(1 - local.mean()), right)
+
+
+def curve(calibration: Float, confidence: Float, small_right: Bool, large_right: Bool) -> dict[float, Routed]:
+    """One point per target of RATES: ε from the `calibration` confidences [M], the score on the N test samples."""
+    return {rate: route(confidence, small_right, large_right, epsilon_for_rate(calibration, rate)) for rate in RATES}
+
+
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a share (Wilson 1927). No trials: (0, 1)."""
+    if trials == 0:
+        return 0.0, 1.0
+    share = successes / trials
+    centre = share + _Z95**2 / (2 * trials)
+    spread = _Z95 * np.sqrt(share * (1 - share) / trials + _Z95**2 / (4 * trials**2))
+    scale = 1 + _Z95**2 / trials
+    return float((centre - spread) / scale), float((centre + spread) / scale)
+
+
+def paired_interval(differences: NDArray[np.floating], *, resamples: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
+    """(mean, low, high): 95 % percentile bootstrap of paired differences.
+
+    Args:
+        differences: [N] over samples, or [S, N] with a row per seed: then seeds and samples are both resampled.
+    """
+    values = np.atleast_2d(np.asarray(differences, dtype=np.float64))
+    rng = np.random.default_rng(seed)
+    seeds, samples = values.shape
+    # Samples are shared by the seeds' rows: average over drawn seeds first, then over drawn samples by multinomial counts.
+    means = np.empty(resamples)
+    for i in range(resamples):
+        row = values[rng.integers(seeds, size=seeds)].mean(0) if seeds > 1 else values[0]
+        means[i] = rng.multinomial(samples, np.full(samples, 1 / samples)) @ row / samples
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(values.mean()), float(low), float(high)
+
+
+def auroc(score: Float, positive: Bool) -> float:
+    """Area under the ROC curve of `score` [N] for `positive` [N]; ties count half. NaN where one class is empty."""
+    from scipy.stats import rankdata
+
+    n = int(positive.sum())
+    if n in (0, positive.size):
+        return float("nan")
+    ranks = rankdata(score)
+    return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * (positive.size - n)))

@@ -1,0 +1,105 @@
+"""The trainer's main path: fit a run on a task's labels, and distil the next run from the teacher store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kcm.task import Task
+from training.calibrate import fixed
+from training.data import Split
+from training.distil import round_examples
+from training.evaluate import auroc, wilson
+from training.fit import Fitted, fit, one_hot
+from training.judge import max_softmax
+from training.run import Run, run_info
+from training.small import Examples, Small
+
+Float32 = NDArray[np.float32]
+Progress = Callable[[str], None]
+
+
+def labelled_examples(task: Task, kind: Small, train: Split) -> Examples:
+    """The task's own labels as examples."""
+    ones = np.ones(len(train), np.float32)
+    return Examples(kind.featurise(train.texts), one_hot(train.y, len(task.labels)), ones, ones > 0, ones < 0)
+
+
+def train_run(task: Task, kind: Small, train: Split, test: Split | None, *, seed: int, progress: Progress) -> Run:
+    """Round 0: small model and judge on the edge's labels."""
+    examples = labelled_examples(task, kind, train)
+    fitted = fit(task, kind, examples, seed=seed, progress=progress)
+    info = run_info(task, round_=0, parent="", teacher_id="", seed=seed, temperature=fitted.temperature)
+    return _run(info, fitted, kind, train.texts, examples, test)
+
+
+def distil_run(
+    previous: Run,
+    kind: Small,
+    train: Split,
+    test: Split | None,
+    texts: list[str],
+    logits: Float32,
+    *,
+    parent: str,
+    teacher_id: str,
+    seed: int,
+    progress: Progress,
+) -> Run:
+    """The next round: labels, the large model's logits [M, C] for `texts`, and the judge's confidence.
+
+    Args:
+        parent: id of the bundle whose devices sent the samples.
+    """
+    task = previous.task
+    labelled = labelled_examples(task, kind, train)
+    progress(f"{len(texts)} teacher rows, {len(train)} labels")
+    # The labelled rows come first in every run, so these are their out-of-fold predictions.
+    own = previous.out_of_fold.take(np.arange(len(train)))
+    examples, passed, used = round_examples(kind, labelled, own, previous.judge, kind.featurise(texts), logits, task.distill)
+    progress(f"{passed:.1%} of them above ε_l = {task.distill.teacher_epsilon}")
+    fitted = fit(task, kind, examples, seed=seed, progress=progress)
+    info = run_info(task, round_=previous.info.round + 1, parent=parent, teacher_id=teacher_id, seed=seed, temperature=fitted.temperature)
+    run = _run(info, fitted, kind, train.texts + [texts[i] for i in used], examples, test)
+    run.metrics["teacher_rows"] = len(texts)
+    run.metrics["teacher_rows_used"] = passed
+    return run
+
+
+def _run(info: Any, fitted: Fitted, kind: Small, texts: list[str], examples: Examples, test: Split | None) -> Run:
+    confidence = fitted.judge.confidence(fitted.out_of_fold)
+    return Run(
+        info=info,
+        small=fitted.small,
+        judge=fitted.judge,
+        out_of_fold=fitted.out_of_fold,
+        texts=texts,
+        targets=examples.targets,
+        weights=examples.weights,
+        labelled=examples.labelled,
+        threshold=fixed(confidence, info.task.judge.epsilon),
+        metrics=measure(info.task, fitted, kind, examples, test),
+    )
+
+
+def measure(task: Task, fitted: Fitted, kind: Small, examples: Examples, test: Split | None) -> dict[str, Any]:
+    """Out-of-fold on the labelled examples, and on the test split where there is one: accuracy, and how well confidence ranks it."""
+    own = fitted.out_of_fold.take(np.flatnonzero(examples.labelled))
+    splits = {"out_of_fold": (own, examples.targets[examples.labelled].argmax(1))}
+    if test is not None:
+        splits["test"] = (kind.predict(fitted.small, kind.featurise(test.texts)), test.y)
+    metrics: dict[str, Any] = {}
+    for name, (predictions, labels) in splits.items():
+        right = predictions.logits.argmax(1) == labels
+        metrics[name] = {
+            "samples": len(labels),
+            "accuracy": float(right.mean()),
+            "accuracy_interval": wilson(int(right.sum()), len(right)),
+            f"auroc_{fitted.judge.spec.kind}": auroc(fitted.judge.confidence(predictions), right),
+            f"auroc_{fitted.twin.spec.kind}": auroc(fitted.twin.confidence(predictions), right),
+            "auroc_max_softmax": auroc(max_softmax(predictions.logits, fitted.temperature), right),
+        }
+    return metrics

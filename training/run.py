@@ -1,0 +1,168 @@
+"""A training run on disk: what `kcm train` and `kcm distill` write, and calibrate, export and the next round read.
+
+run.json  small.safetensors  judge.safetensors  predictions.safetensors  examples.jsonl  calibration.json  metrics.json
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kcm.errors import ConfigError
+from kcm.task import Task
+from training.judge import Judge, Predictions
+from training.ngrams import NgramModel
+
+Float32 = NDArray[np.float32]
+SCHEMA = 1
+
+
+class Threshold(msgspec.Struct, frozen=True, kw_only=True):
+    """ε and how it was chosen; becomes kcm.bundle.Calibration when a graph is exported."""
+
+    epsilon: float
+    method: str = "fixed"
+    target: float | None = None
+    samples: int = 0
+    cloud_rate: float | None = None
+    cloud_rate_interval: tuple[float, float] | None = None
+    accuracy: float | None = None
+
+
+class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """run.json."""
+
+    schema: int
+    kcm_version: str
+    task: Task
+    round: int
+    parent: str
+    teacher_id: str
+    seed: int
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """`texts` [N] with `targets` [N, C], `weights` [N] and `labelled` [N] are what it was fitted on: the next round replays them.
+
+    `stream` tells which texts came from the stream: call rates are calibrated on their out-of-fold confidences.
+    """
+
+    info: RunInfo
+    small: Any
+    judge: Judge
+    out_of_fold: Predictions
+    texts: list[str]
+    targets: Float32
+    weights: Float32
+    labelled: NDArray[np.bool_]
+    threshold: Threshold
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def task(self) -> Task:
+        return self.info.task
+
+
+def run_info(task: Task, *, round_: int, parent: str, teacher_id: str, seed: int, temperature: float) -> RunInfo:
+    return RunInfo(
+        schema=SCHEMA,
+        kcm_version=version("kcm"),
+        task=task,
+        round=round_,
+        parent=parent,
+        teacher_id=teacher_id,
+        seed=seed,
+        temperature=temperature,
+    )
+
+
+def save_run(folder: Path, run: Run) -> None:
+    """Write everything; run.json comes last, so that a folder without it is an unfinished run."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").unlink(missing_ok=True)
+    save_small(folder, run.small)
+    save_file({name: tensor.numpy() for name, tensor in run.judge.state_dict().items()}, folder / "judge.safetensors")
+    p = run.out_of_fold
+    arrays = {"logits": p.logits, "length": p.length, "unknown": p.unknown, "targets": run.targets, "weights": run.weights}
+    save_file({**arrays, "labelled": run.labelled.astype(np.uint8)}, folder / "predictions.safetensors")
+    with (folder / "examples.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in run.texts)
+    (folder / "metrics.json").write_text(json.dumps({"schema": SCHEMA, **run.metrics}, indent=1))
+    save_threshold(folder, run.threshold)
+    (folder / "run.json").write_bytes(msgspec.json.format(msgspec.json.encode(run.info), indent=1))
+
+
+def save_threshold(folder: Path, threshold: Threshold) -> None:
+    (folder / "calibration.json").write_bytes(msgspec.json.format(msgspec.json.encode(threshold), indent=1))
+
+
+def load_run(folder: Path) -> Run:
+    """Read a run.
+
+    Raises:
+        ConfigError: no finished run is there, or it is of another schema.
+    """
+    from safetensors.numpy import load_file
+
+    if not (folder / "run.json").exists():
+        raise ConfigError(f"{folder} holds no finished run", fix="kcm train --task T --out RUN   makes one")
+    try:
+        info = msgspec.json.decode((folder / "run.json").read_bytes(), type=RunInfo)
+        threshold = msgspec.json.decode((folder / "calibration.json").read_bytes(), type=Threshold)
+        if info.schema != SCHEMA:
+            raise ConfigError(f"{folder} has run schema {info.schema}, this kcm reads {SCHEMA}")
+        judge = Judge(info.task.judge, len(info.task.labels))
+        judge.load_state_dict({name: torch.from_numpy(array) for name, array in load_file(folder / "judge.safetensors").items()})
+        arrays = load_file(folder / "predictions.safetensors")
+        texts = [json.loads(line)["text"] for line in (folder / "examples.jsonl").read_text(encoding="utf-8").split("\n") if line]
+        metrics = json.loads((folder / "metrics.json").read_text())
+        small = load_small(folder, info.task)
+    except (OSError, KeyError, msgspec.DecodeError, json.JSONDecodeError, RuntimeError) as error:
+        raise ConfigError(f"{folder} can't be read as a run: {error}") from error
+    return Run(
+        info=info,
+        small=small,
+        judge=judge.eval(),
+        out_of_fold=Predictions(arrays["logits"], arrays["length"], arrays["unknown"]),
+        texts=texts,
+        targets=arrays["targets"],
+        weights=arrays["weights"],
+        labelled=arrays["labelled"].astype(bool),
+        threshold=threshold,
+        metrics=metrics,
+    )
+
+
+def save_small(folder: Path, small: Any) -> None:
+    from safetensors.numpy import save_file
+
+    assert isinstance(small, NgramModel)
+    save_file({name: tensor.numpy() for name, tensor in small.state_dict().items()}, folder / "small.safetensors")
+
+
+def load_small(folder: Path, task: Task) -> Any:
+    from safetensors.numpy import load_file
+
+    return NgramModel(load_file(folder / "small.safetensors"))
+
+
+def next_run_folder(root: Path, verb: str) -> Path:
+    """runs/<verb>/<n>: the next free number, made."""
+    parent = root / verb
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 1 + max((int(p.name) for p in parent.iterdir() if p.name.isdigit()), default=0)
+    folder = parent / str(number)
+    folder.mkdir()
+    return folder
