@@ -18,6 +18,7 @@ from export.session import Session
 from kcm.bundle import Calibration, GraphSpec, Manifest, write_manifest
 from kcm.errors import ConfigError
 from kcm.preprocess import load_preprocessor
+from training.encoder import EncoderHead
 from training.ngrams import NgramModel
 from training.run import Run, Threshold
 
@@ -72,9 +73,13 @@ def fuse(run: Run, candidates: int) -> bytes:
     """The fused graph of a run, serialised."""
     if isinstance(run.small, NgramModel):
         return bytes(fuse_ngrams(run.small, run.judge, candidates).SerializeToString())
-    from export.foreign import fuse_foreign
+    if isinstance(run.small, EncoderHead):
+        from export.encoder import fuse_encoder
 
-    return fuse_foreign(run.small, run.judge, candidates)
+        return fuse_encoder(run.small, run.judge, candidates)
+    from export.fixed import fuse_fixed
+
+    return fuse_fixed(run.small, run.judge, candidates)
 
 
 def tokenizer_json(run: Run) -> bytes:

@@ -136,10 +136,14 @@ class TokenizerPreprocessor:
 
     def batch(self, payloads: Sequence[str | bytes]) -> Inputs:
         encoded = self._tokenizer.encode_batch([as_text(p) for p in payloads])
-        return {
+        inputs = {
             "input_ids": np.array([e.ids for e in encoded], dtype=np.int64),
             "attention_mask": np.array([e.attention_mask for e in encoded], dtype=np.int64),
         }
+        if inputs["input_ids"].size or not encoded:
+            return inputs
+        # Empty texts and no special tokens: one token of padding, since graphs need L >= 1.
+        return {name: np.zeros((len(encoded), 1), np.int64) for name in self.names}
 
 
 def _mix(first: int, second: int) -> int:

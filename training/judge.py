@@ -24,6 +24,7 @@ Float32 = NDArray[np.float32]
 
 LOWEST = -12.0  # floor of a log-probability: below it ranks say nothing, and fp32 can't tell them from zero
 REST = 1e-5  # floor of the mass that no rank holds: it is 1 − Σ, which fp32 knows to about 1e-7
+FEATURES = ("entropy", "margin", "ln(1 + length)", "unknown words", "largest logit")  # behind the ranks
 _L2 = 10.0  # of the whole problem; with the next it keeps the additions small until samples ask for them
 _SMOOTH = 100.0  # on second differences of a curve's coefficients along the grid
 _ITERATIONS = 100

@@ -1,6 +1,7 @@
 """A training run on disk: what `kcm train` and `kcm distill` write, and calibrate, export and the next round read.
 
 run.json  small.safetensors  judge.safetensors  predictions.safetensors  examples.jsonl  calibration.json  metrics.json
+A run of the user's own graph holds small.onnx (and tokenizer.json) in place of small.safetensors.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from numpy.typing import NDArray
 
 from kcm.errors import ConfigError
 from kcm.task import Task
+from training.encoder import EncoderHead
+from training.fixed import FixedGraph
 from training.judge import Judge, Predictions
 from training.ngrams import NgramModel
 
@@ -148,13 +151,20 @@ def load_run(folder: Path) -> Run:
 def save_small(folder: Path, small: Any) -> None:
     from safetensors.numpy import save_file
 
-    assert isinstance(small, NgramModel)
-    save_file({name: tensor.numpy() for name, tensor in small.state_dict().items()}, folder / "small.safetensors")
+    if isinstance(small, NgramModel):
+        save_file({name: tensor.numpy() for name, tensor in small.state_dict().items()}, folder / "small.safetensors")
+    else:
+        small.save(folder)
 
 
-def load_small(folder: Path, task: Task) -> Any:
+def load_small(folder: Path, task: Task) -> NgramModel | EncoderHead | FixedGraph:
+    """Raises ConfigError where the encoder below a head has changed, or a file is gone."""
     from safetensors.numpy import load_file
 
+    if task.small.kind == "encoder":
+        return EncoderHead.load(folder, task)
+    if task.small.kind == "onnx":
+        return FixedGraph.load(folder, task)
     return NgramModel(load_file(folder / "small.safetensors"))
 
 

@@ -29,18 +29,20 @@ _CURVE = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 def calibrate(
     run: RunFolder,
     cloud_rate: Annotated[float | None, typer.Option("--cloud-rate", min=0.0, max=1.0, help="Share of samples that may go up.")] = None,
-    accuracy: Annotated[
-        float | None, typer.Option("--accuracy", min=0.0, max=1.0, help="Accuracy on the calibration split, with the fewest calls.")
+    accuracy: Annotated[float | None, typer.Option("--accuracy", min=0.0, max=1.0, help="Accuracy to reach with the fewest calls.")] = None,
+    below_large: Annotated[
+        float | None,
+        typer.Option("--below-large", min=0.0, max=1.0, help="The same, as a distance below the large model: 0.01 is a point."),
     ] = None,
     epsilon: Annotated[float | None, typer.Option("--epsilon", min=-1.0, max=1.0, help="This ε; the paper's is 0.98.")] = None,
-    large: Annotated[Path | None, typer.Option("--large", help="Folder of the large model; --accuracy needs its answers.")] = None,
+    large: Annotated[Path | None, typer.Option("--large", help="Folder of the large model, for --accuracy and --below-large.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Choose ε for a budget of cloud calls, for an accuracy, or by hand; print what it costs, and the curve.
 
     A rate is read off samples that the small model hasn't seen: the task's stream less what was distilled, else the
-    run's out-of-fold predictions. An accuracy needs labels that were kept back (calibration under [data]) and is an
-    estimate without a guarantee.
+    run's out-of-fold predictions. An accuracy needs labels that were kept back (calibration under [data]) and the large
+    model's answers to them; it is an estimate without a guarantee.
 
     Try it: kcm calibrate runs/train/1 --cloud-rate 0.3
     """
@@ -50,18 +52,20 @@ def calibrate(
     from training.data import load_split
     from training.run import load_run, save_threshold
 
-    if [cloud_rate, accuracy, epsilon].count(None) != 2:
-        raise ConfigError("choose one of --cloud-rate, --accuracy and --epsilon")
+    if [cloud_rate, accuracy, below_large, epsilon].count(None) != 3:
+        raise ConfigError("choose one of --cloud-rate, --accuracy, --below-large and --epsilon")
     one_thread()
     steps = Steps(quiet=as_json)
     loaded = load_run(run)
     kind = load_small_kind(loaded.task, steps)
-    if accuracy is not None:
+    if accuracy is not None or below_large is not None:
         if large is None:
-            raise ConfigError("--accuracy needs the large model's answers", fix="--large FOLDER (kcm train-large makes one)")
+            raise ConfigError("an accuracy needs the large model's answers", fix="--large FOLDER (kcm train-large makes one)")
         split = load_split(loaded.task, "calibration")
         confidence, right = confidences(loaded, kind, split.texts)
-        threshold = for_accuracy(confidence, right == split.y, _large_answers(large, split, steps) == split.y, accuracy)
+        large_right = _large_answers(large, split, steps) == split.y
+        target = accuracy if accuracy is not None else float(large_right.mean()) - (below_large or 0.0)
+        threshold = for_accuracy(confidence, right == split.y, large_right, target)
         source = f"{len(split)} labelled calibration samples"
     else:
         texts = fresh_texts(loaded)
@@ -105,7 +109,8 @@ def _large_answers(large: Path, split: Split, steps: Steps) -> NDArray[np.int64]
     from cloud_server.models import load_large
 
     steps(f"large model: {len(split)} calibration samples")
-    return load_large(large).logits(split.texts, [None] * len(split)).argmax(1)
+    answers: NDArray[np.int64] = load_large(large).logits(split.texts, [None] * len(split)).argmax(1)
+    return answers
 
 
 def export(
@@ -156,9 +161,7 @@ def check(run: Run, kind: Small, bundle: Path, texts: list[str]) -> dict[str, fl
 def verify(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle of `kcm export`.")],
     run: Annotated[Path, typer.Option("--run", help="The run that it was exported from.")],
-    texts: Annotated[
-        Path | None, typer.Option("--texts", help="CSV, JSONL or Parquet of texts; default: the task's test or train file.")
-    ] = None,
+    texts: Annotated[Path | None, typer.Option("--texts", help="A file of texts; default: the task's test or train file.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare torch and ONNX Runtime on logits, answers, C_x and decisions; exit code 6 where they differ.

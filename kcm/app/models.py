@@ -36,10 +36,14 @@ def load_small_kind(task: Task, progress: Progress) -> Small:
     Raises:
         ConfigError: the encoder that gives word vectors, or the user's model, isn't there.
     """
-    if task.small.kind != "ngrams":
-        from training.foreign import load_foreign
+    if task.small.kind == "encoder":
+        from training.encoder import Encoder
 
-        return load_foreign(task)
+        return Encoder(task)
+    if task.small.kind == "onnx":
+        from training.fixed import Fixed
+
+        return Fixed(task)
     from training.small import Ngrams
 
     return Ngrams(task, word_vectors(task, progress) if task.small.vectors else None)

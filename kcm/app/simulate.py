@@ -90,25 +90,27 @@ def load_setting(task_name: str, *, large: str, rounds: int, share: float, epsil
 def table(summary: dict[str, Any]) -> str:
     """The last round over seeds, mean ± sd in percent, with the paired differences."""
     mean, sd = summary["mean"], summary["sd"]
+    twin = "mlp" if "mlp_accuracy" in mean["curve"]["0.0"] else "kan"
+    title = f"task {summary['task']}, {len(summary['seeds'])} seeds, round {int(mean['round'])}"
+    at_epsilon = f"KCM {_cell(mean['kcm_accuracy'], sd['kcm_accuracy'])} with {mean['cloud_rate']:.1%} calls"
     lines = [
-        f"task {summary['task']}, {len(summary['seeds'])} seeds, round {int(mean['round'])}, {mean['escalated_of_stream']:.1%} of the stream escalated, {summary['seconds']:.0f} s",
+        f"{title}, {mean['escalated_of_stream']:.1%} of the stream escalated, {summary['seconds']:.0f} s",
         f"small {_cell(mean['small_accuracy'], sd['small_accuracy'])}   large {_cell(mean['large_accuracy'], sd['large_accuracy'])}   "
-        f"at ε = {mean['epsilon']:.2f}: KCM {_cell(mean['kcm_accuracy'], sd['kcm_accuracy'])} with {mean['cloud_rate']:.1%} calls",
+        f"at ε = {mean['epsilon']:.2f}: {at_epsilon}",
         "",
-        "calls, target  realised   KCM            max-softmax    twin judge     floor (TF-IDF)   KCM − max-softmax [95 %]     KCM − floor [95 %]",
+        f"{'target':>6} {'calls':>6}  {'KCM':14} {'max-softmax':14} {'twin judge':14} {'floor':14} {'KCM − max-softmax':24} KCM − floor",
     ]
-    twin = "mlp" if any(key.startswith("mlp_") for key in next(iter(mean["curve"].values()))) else "kan"
     for rate, at in mean["curve"].items():
-        deviation = sd["curve"][rate]
-        floor = _cell(mean["floor"]["curve"][rate]["accuracy"], sd["floor"]["curve"][rate]["accuracy"]) if "floor" in mean else "–"
-        lines.append(
-            f"{float(rate):13.0%}  {at['realised_rate']:8.1%}   {_cell(at['accuracy'], deviation['accuracy'])}   "
-            f"{_cell(at['max_softmax_accuracy'], deviation['max_softmax_accuracy'])}   {_cell(at[f'{twin}_accuracy'], deviation[f'{twin}_accuracy'])}   "
-            f"{floor:14}   {_interval(summary['paired'].get('kcm_minus_max_softmax', {}).get(rate)):26}   {_interval(summary['paired'].get('kcm_minus_floor', {}).get(rate))}"
-        )
-    lines.append(
-        f"accuracies in %, mean ± sd over seeds; twin judge: {twin} with as many parameters; differences in points, paired over seeds and samples"
-    )
+        spread = sd["curve"][rate]
+        cells = [_cell(at[f"{name}accuracy"], spread[f"{name}accuracy"]) for name in ("", "max_softmax_", f"{twin}_")]
+        cells.append(_cell(mean["floor"]["curve"][rate]["accuracy"], sd["floor"]["curve"][rate]["accuracy"]) if "floor" in mean else "–")
+        paired = [_interval(summary["paired"].get(f"kcm_minus_{name}", {}).get(rate)) for name in ("max_softmax", "floor")]
+        columns = " ".join(f"{cell:14}" for cell in cells)
+        lines.append(f"{float(rate):6.0%} {at['realised_rate']:6.1%}  {columns} {paired[0]:24} {paired[1]}")
+    lines += [
+        "accuracy in %, mean ± sd over seeds; differences in points with 95 % intervals, paired over seeds and samples",
+        f"twin judge: {twin} with as many parameters; floor: TF-IDF + linear + max-softmax, same protocol; calls: KCM's, on the test split",
+    ]
     return "\n".join(lines)
 
 

@@ -1,0 +1,129 @@
+"""Any small model's graph with the judge behind it: the user's own (training/fixed.py), or an encoder's trace (export/encoder.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+from onnx import TensorProto, compose, helper, version_converter
+
+from export.graph import OPSET, bundle_outputs
+from export.judge import append_judge
+from export.nodes import Nodes
+from kcm.errors import ConfigError
+from training.fixed import ZERO_INPUTS, FixedGraph
+from training.judge import Judge
+from training.tokens import unknown_id
+
+Counts = Callable[[Nodes], tuple[str, str]]  # adds nodes that give length [B, 1] and unknown [B, 1]
+
+_PREFIX = "small/"  # of every name that came with the graph: none can clash with ours
+_IR = 8  # the oldest that knows opset 18
+TOKEN_INPUTS = {"input_ids": TensorProto.INT64, "attention_mask": TensorProto.INT64}
+_NGRAM_INPUTS = {"ids": TensorProto.INT32, "weights": TensorProto.FLOAT}
+
+
+def fuse_fixed(small: FixedGraph, judge: Judge, candidates: int) -> bytes:
+    """The user's graph, as it is, with the judge's nodes behind its logits.
+
+    Raises:
+        ConfigError: it has an opset below 18 and can't be converted.
+    """
+    model = onnx.load_model_from_string(small.model)
+    if small.tokenizer_json:
+        inputs, counts = TOKEN_INPUTS, token_counts(unknown_id(small.tokenizer_json))
+    else:
+        inputs, counts = _NGRAM_INPUTS, word_counts(small.buckets)
+    return append_to(model, small.logits, inputs, counts, judge, small.classes, candidates)
+
+
+def append_to(
+    model: onnx.ModelProto, logits: str, inputs: dict[str, int], counts: Counts, judge: Judge, classes: int, candidates: int
+) -> bytes:
+    """A graph that reads `inputs` (name → element type), all [B, L], and gives the bundle's four outputs; serialised.
+
+    The graph's own inputs may be fewer, of another type, or among training.fixed.ZERO_INPUTS.
+    """
+    model = compose.add_prefix(_at_least_opset(model), _PREFIX)
+    graph = model.graph
+    constants = {tensor.name for tensor in graph.initializer}
+    given = {value.name: value.type.tensor_type.elem_type for value in graph.input if value.name not in constants}
+    element = next(v.type.tensor_type.elem_type for v in graph.output if v.name == _PREFIX + logits)
+
+    before, after = Nodes("in/"), Nodes()
+    for name, kind in given.items():
+        _feed(before, name.removeprefix(_PREFIX), name, kind, inputs)
+    if element == TensorProto.FLOAT:
+        after("Identity", _PREFIX + logits, out="logits")
+    else:
+        after("Cast", _PREFIX + logits, out="logits", to=TensorProto.FLOAT)
+    length, unknown = counts(after)
+    append_judge(after, judge, "logits", length, unknown, candidates)
+
+    nodes = [*before.nodes, *graph.node, *after.nodes]
+    for field, values in (
+        ("node", nodes),
+        ("initializer", [*graph.initializer, *before.initializers, *after.initializers]),
+        ("input", [helper.make_tensor_value_info(name, kind, ["B", "L"]) for name, kind in inputs.items()]),
+        ("output", bundle_outputs(classes, candidates)),
+        ("value_info", []),  # shapes under the names of another graph; the runtime infers its own
+    ):
+        kept = list(values)
+        graph.ClearField(field)
+        getattr(graph, field).extend(kept)
+    model.ir_version = max(model.ir_version, _IR)
+    model.producer_name = graph.name = "kcm"
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
+
+
+def token_counts(unknown: int | None) -> Counts:
+    """Mirrors training.tokens.token_counts."""
+
+    def append(nodes: Nodes) -> tuple[str, str]:
+        mask = nodes("Cast", nodes("Greater", "attention_mask", np.array(0, np.int64)), to=TensorProto.FLOAT)
+        length = nodes("ReduceSum", mask, np.array([1]), keepdims=1)
+        if unknown is None:
+            return length, nodes("Mul", length, 0.0)
+        missing = nodes("Mul", mask, nodes("Cast", nodes("Equal", "input_ids", np.array(unknown, np.int64)), to=TensorProto.FLOAT))
+        return length, nodes("Div", nodes("ReduceSum", missing, np.array([1]), keepdims=1), nodes("Max", length, 1.0))
+
+    return append
+
+
+def word_counts(buckets: int) -> Counts:
+    """Mirrors training.fixed.Fixed: distinct words, none of them unknown."""
+
+    def append(nodes: Nodes) -> tuple[str, str]:
+        word = nodes("And", nodes("Less", "ids", np.array(buckets, np.int32)), nodes("Greater", "weights", 0.0))
+        length = nodes("ReduceSum", nodes("Cast", word, to=TensorProto.FLOAT), np.array([1]), keepdims=1)
+        return length, nodes("Mul", length, 0.0)
+
+    return append
+
+
+def _feed(nodes: Nodes, name: str, inner: str, kind: int, inputs: dict[str, int]) -> None:
+    """From our input to the graph's own: as it is, cast, or zeros."""
+    if name in ZERO_INPUTS:
+        first, element = next(iter(inputs.items()))
+        zeros = nodes("Mul", first, np.zeros((), helper.tensor_dtype_to_np_dtype(element)))
+        nodes("Cast", zeros, out=inner, to=kind)
+    elif kind == inputs[name]:
+        nodes("Identity", name, out=inner)
+    else:
+        nodes("Cast", name, out=inner, to=kind)
+
+
+def _at_least_opset(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The judge's nodes need opset 18; a newer one stays as it is."""
+    found = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+    if found >= OPSET:
+        return model
+    try:
+        return version_converter.convert_version(model, OPSET)
+    except Exception as error:  # the converter has no error type of its own
+        raise ConfigError(
+            f"the small model's graph has opset {found}, and conversion to {OPSET} fails: {error}",
+            fix=f"export it with opset {OPSET} or later",
+        ) from error
