@@ -18,13 +18,13 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kcm"
 
 
-def model_path(name_or_path: str) -> Path:
-    """The folder of a fetched model by name, or of the user's own by path.
+def model_path(name_or_path: str, base: str = ".") -> Path:
+    """The folder of a fetched model by name, or of the user's own by a path that is relative to `base`.
 
     Raises:
         ConfigError: neither is there.
     """
-    folder = cache_dir() / "models" / name_or_path if name_or_path in MODELS else Path(name_or_path)
+    folder = cache_dir() / "models" / name_or_path if name_or_path in MODELS else Path(base) / name_or_path
     if not folder.is_dir():
         fix = f"kcm fetch {name_or_path}" if name_or_path in MODELS else f"give a folder, or one of {', '.join(MODELS)}"
         raise ConfigError(f"model {name_or_path!r} is not at {folder}", fix=fix)

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from kcm.assets import MODELS
 from kcm.task import Task
 
 Float32 = NDArray[np.float32]
@@ -57,7 +58,7 @@ def save_large(folder: Path, task: Task, head: Head | None) -> str:
     description: dict[str, Any] = {
         "schema": 1,
         "kind": task.large.kind,
-        "model": task.large.model,
+        "model": task.large.model if task.large.model in MODELS else str(task.path(task.large.model).resolve()),
         "labels": list(task.labels),
         "task_id": task.id,
         "max_tokens": task.large.max_tokens,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from importlib.metadata import EntryPoint, entry_points, version
+from importlib.metadata import EntryPoint, entry_points, requires, version
 from typing import Any
 
 import typer
 
-from kcm.errors import KcmError
+from kcm.errors import KcmError, MissingExtraError
 
 _HELP = """A small model on the device, a large one in the cloud, and a judge between them.
 
@@ -42,10 +42,30 @@ def _root(show_version: bool = typer.Option(False, "--version", help="Print the 
         raise typer.Exit
 
 
+# Import names that differ from their distribution's.
+_DISTRIBUTIONS = {"sklearn": "scikit-learn", "grpc": "grpcio", "grpc_health": "grpcio-health-checking", "grpc_reflection": "grpcio-reflection"}
+
+
+def _missing(error: ModuleNotFoundError) -> Exception:
+    """The error that names the extra which brings the module; the same error where none does: that is a bug of ours."""
+    module = (error.name or "").partition(".")[0]
+    distribution = _DISTRIBUTIONS.get(module, module).replace("_", "-")
+    needs = [need for need in requires("kcm") or [] if need.replace("_", "-").startswith(distribution) and "extra ==" in need]
+    extras = {need.rpartition("extra == ")[2].strip("'\"") for need in needs}
+    if not extras:
+        return error
+    # Several extras bring some modules: the one that trains, else the lightest.
+    best = min(extras, key=lambda extra: ("train", "export", "edge", "cpu", extra).index(extra))
+    return MissingExtraError(f"{module} is not installed", fix=f"pip install 'kcm[{best}]'")
+
+
 def main() -> None:
     """Run a verb. A KcmError becomes one message and its own exit code; with --json, a JSON object on stdout."""
     try:
-        build(sys.argv[1] if len(sys.argv) > 1 else "")()
+        try:
+            build(sys.argv[1] if len(sys.argv) > 1 else "")()
+        except ModuleNotFoundError as missing:
+            raise _missing(missing) from missing
     except KcmError as error:
         if "--json" in sys.argv:
             typer.echo(json.dumps({"error": type(error).__name__, "message": error.message, "fix": error.fix}))

@@ -54,7 +54,7 @@ def word_vectors(task: Task, progress: Progress) -> WordVectors:
     from kcm.preprocess import NgramPreprocessor
     from training.ngrams import distil_words
 
-    folder = model_path(task.small.vectors)
+    folder = model_path(task.small.vectors, task.root)
     file = cache_dir() / "word-vectors" / f"{_identity(folder)}.npz"
     if not file.exists():
         from cloud_server.models.encoder import Encoder
@@ -104,19 +104,24 @@ class LargeInProcess:
     def __init__(self, task: Task, folder: Path, train: Split | None, progress: Progress) -> None:
         """Fit (encoder) or describe (causal) the large model in `folder`.
 
+        With hint dropout, a share 1 − hint_dropout of the rows is read with the hint that a small model gives it, fitted on the
+        edge's labels, as it would at run time; else the head never sees a hint, and the cloud withholds them.
+
         Raises:
             ConfigError: the model's weights aren't there.
         """
-        from cloud_server.models.encoder import Encoder
         from training.large_head import fit_head, save_large
 
         self.folder, self._known = folder, dict[str, Float32]()
         if task.large.kind == "encoder":
+            from cloud_server.models.encoder import Encoder
+
             assert train is not None
-            encoder = Encoder(model_path(task.large.model), task.large.max_tokens)
-            self._head = fit_head(self._embed(encoder, train.texts, progress), train.y, len(task.labels))
-            save_large(folder, task, self._head)
-            self._answer: Callable[[list[str]], Float32] = lambda texts: self._head.logits(self._embed(encoder, texts, progress))
+            encoder = Encoder(model_path(task.large.model, task.root), task.large.max_tokens)
+            pairs = hint_texts(task, train, progress) if task.large.hint_dropout > 0 else None
+            head = fit_head(self._embed(encoder, train.texts, progress, pairs), train.y, len(task.labels))
+            save_large(folder, task, head)
+            self._answer: Callable[[list[str]], Float32] = lambda texts: head.logits(self._embed(encoder, texts, progress))
         else:
             from cloud_server.models import load_large
 
@@ -132,11 +137,43 @@ class LargeInProcess:
         return np.stack([self._known[text] for text in texts])
 
     @staticmethod
-    def _embed(encoder: Any, texts: Sequence[str], progress: Progress) -> Float32:
+    def _embed(encoder: Any, texts: Sequence[str], progress: Progress, pairs: Sequence[str | None] | None = None) -> Float32:
         """Embeddings [N, D], with a word on progress every thousand texts."""
         parts = []
         for start in range(0, len(texts), 1000):
             if len(texts) > 1000:
                 progress(f"large model: {start} of {len(texts)} texts")
-            parts.append(encoder.embed(texts[start : start + 1000]))
+            chosen = slice(start, start + 1000)
+            parts.append(encoder.embed(texts[chosen], None if pairs is None else pairs[chosen]))
         return np.concatenate(parts)
+
+
+def hint_texts(task: Task, train: Split, progress: Progress, seed: int = 0) -> list[str | None]:
+    """For each of the large model's rows the hint's sentence, or None where dropout left it out.
+
+    The hints come from a small model that hadn't seen the row: fitted on the edge's labels, out of fold for those.
+    """
+    from cloud_server.prompt import Prompt
+    from export.bundle import CANDIDATES
+    from kcm.sample import Hint
+    from training.data import load_split
+    from training.fit import fit, softmax
+    from training.program import labelled_examples
+
+    own = load_split(task, "train")
+    kind = load_small_kind(task, progress)
+    fitted = fit(task, kind, labelled_examples(task, kind, own), seed=seed, progress=progress)
+    predictions = kind.predict(fitted.small, kind.featurise(train.texts))
+    place = {text: i for i, text in enumerate(own.texts)}
+    inside = [i for i, text in enumerate(train.texts) if text in place]
+    if inside:
+        predictions.logits[inside] = fitted.out_of_fold.logits[[place[train.texts[i]] for i in inside]]
+    p = softmax(predictions.logits)
+    confidence = fitted.judge.confidence(predictions)
+    best = np.argsort(-p, axis=1, kind="stable")[:, :CANDIDATES]
+    prompt = Prompt(task.prompt, task.labels)
+    kept = np.random.default_rng(seed).random(len(train)) >= task.large.hint_dropout
+    return [
+        prompt.hint(Hint(label_ids=tuple(ids), probabilities=tuple(p[row, ids]), confidence=float(confidence[row]))).strip() if kept[row] else None
+        for row, ids in enumerate(best.tolist())
+    ]

@@ -33,8 +33,8 @@ class Sizes:
     """Documents of each part: sized so that the demo ends within three minutes on two cores (about 25 ms each in the cloud)."""
 
     large_train: int = 1000
-    stream: int = 1600
-    calibration: int = 400  # twice: once before, once after
+    stream: int = 2000
+    calibration: int = 350  # twice: once before, once after
     test: int = 500
 
 
