@@ -101,4 +101,4 @@ class Drain:
         # The breaker knows better than our count when the cloud may be back.
         if self._client.breaker.state is not State.CLOSED:
             backoff = base
-        return max(backoff, self._client.breaker.wait_s) * random.uniform(0.5, 1.5) + 0.001  # noqa: S311
+        return max(backoff, self._client.breaker.wait_s) * random.uniform(0.5, 1.5) + 0.001

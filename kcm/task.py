@@ -137,8 +137,10 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
         return Path(self.root) / relative
 
     def shipped(self) -> dict[str, Any]:
-        """The tables of task.toml as a bundle carries them: no data files, no folder of the machine that trained."""
+        """The tables of task.toml as a bundle carries them: no data files, no path of the machine that trained."""
         tables: dict[str, Any] = msgspec.to_builtins(self)
+        for table, key in (("small", "path"), ("small", "vectors"), ("large", "model")):
+            tables[table][key] = Path(tables[table][key]).name
         del tables["root"], tables["data"]
         head = {key: tables.pop(key) for key in ("id", "modality", "labels")}
         return {"task": head, **tables}
@@ -174,6 +176,9 @@ def parse_task(values: dict[str, Any], where: str, root: str = ".") -> Task:
     check_labels(task.labels, where)
     if not task.id or not task.id.replace("-", "").replace("_", "").replace(".", "").isalnum():
         raise ConfigError(f"{where}: task id {task.id!r} must be letters, digits, '-', '_' and '.'")
+    if (task.small.kind, task.preprocess.kind) in (("ngrams", "tokenizer"), ("encoder", "ngrams")):
+        fix = 'small kind "ngrams" reads preprocess kind "ngrams", "encoder" reads "tokenizer"'
+        raise ConfigError(f"{where}: a small model of kind {task.small.kind!r} can't read {task.preprocess.kind!r} preprocessing", fix=fix)
     if task.preprocess.char_min > task.preprocess.char_max:
         raise ConfigError(f"{where}: [preprocess] char_min {task.preprocess.char_min} is above char_max {task.preprocess.char_max}")
     return task

@@ -30,7 +30,7 @@ import kcm.task
 from edge_runtime.engine import OrtEngine
 from kcm.bundle import Calibration, GraphSpec
 from kcm.preprocess import GROUPS, Preprocessor, load_preprocessor
-from kcm.task import PreprocessSpec, Task
+from kcm.task import PreprocessSpec, SmallSpec, Task
 from protos.kcm.v1 import edge_pb2, edge_pb2_grpc, sample_pb2
 
 LABELS = ("alpha", "beta", "gamma", "delta")
@@ -137,7 +137,8 @@ def make_bundle(
         preprocess = PreprocessSpec(kind="tokenizer", tokenizer="tokenizer.json", max_tokens=32)
         files["tokenizer.json"] = tokenizer_json()
         (folder / "tokenizer.json").write_bytes(tokenizer_json())
-    task = Task(id="tiny", labels=labels, preprocess=preprocess)
+    small = SmallSpec(kind="ngrams" if ngrams else "onnx")
+    task = Task(id="tiny", labels=labels, preprocess=preprocess, small=small)
     preprocessor = load_preprocessor(task.preprocess, files)
     table = ngram_table(preprocessor, preprocess.buckets, labels) if ngrams else table_of(len(labels), seed)
     spec = GraphSpec(inputs=preprocessor.names, candidates=CANDIDATES, max_batch=64)

@@ -166,7 +166,7 @@ class Fixed:
         if not apart <= _ALIKE * max(1.0, float(np.abs(together).max())):
             raise ConfigError(
                 f"{self._path}: a text's logits change by {apart:.2g} when it is padded beside a longer one",
-                fix=f"the graph must mask padding by {self.preprocessor.names[1]!r}",
+                fix=f"mask padding by {self.preprocessor.names[1]!r}; dynamic int8, whose scales span a batch, can't pass",
             )
 
 
