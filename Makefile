@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := train,export,edge,cpu,cloud,dev
-ASSETS ?= minilm r52
+ASSETS ?= minilm r52 20newsgroups
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_CONSTRAINT := constraints.txt

@@ -66,7 +66,7 @@ class JudgeSpec(msgspec.Struct, frozen=True, kw_only=True):
     kind: Literal["kan", "mlp"] = "kan"
     ranks: Positive = 5
     hidden: Annotated[int, msgspec.Meta(ge=0)] = 0
-    grid: Annotated[int, msgspec.Meta(ge=1, le=8)] = 5
+    grid: Annotated[int, msgspec.Meta(ge=2, le=8)] = 5
     degree: Literal[1, 3] = 3
     epsilon: Share = DEFAULT_EPSILON
     folds: Annotated[int, msgspec.Meta(ge=2)] = 5

@@ -29,7 +29,7 @@ class KanLayer(nn.Module):
     """x [B, in] → [B, out], a sum of one curve per edge. BatchNorm (no affine) keeps inputs on the grid.
 
     Raises:
-        ValueError: a degree other than 1 and 3.
+        ValueError: a degree other than 1 and 3, or a grid of one interval, which has no exact form for export.
     """
 
     mean: Tensor
@@ -39,6 +39,8 @@ class KanLayer(nn.Module):
         super().__init__()
         if degree not in (1, 3):
             raise ValueError(f"spline degree {degree}; 1 and 3 are supported")
+        if grid < 2:
+            raise ValueError(f"a grid of {grid} interval(s); at least 2 are needed")
         self.grid, self.degree = grid, degree
         self.norm = nn.BatchNorm1d(inputs, affine=False)
         self.spline = nn.Parameter(torch.randn(outputs, inputs, grid + degree) * 0.1 / inputs**0.5)
