@@ -43,7 +43,12 @@ def _root(show_version: bool = typer.Option(False, "--version", help="Print the 
 
 
 # Import names that differ from their distribution's.
-_DISTRIBUTIONS = {"sklearn": "scikit-learn", "grpc": "grpcio", "grpc_health": "grpcio-health-checking", "grpc_reflection": "grpcio-reflection"}
+_DISTRIBUTIONS = {
+    "sklearn": "scikit-learn",
+    "grpc": "grpcio",
+    "grpc_health": "grpcio-health-checking",
+    "grpc_reflection": "grpcio-reflection",
+}
 
 
 def _missing(error: ModuleNotFoundError) -> Exception:

@@ -68,9 +68,7 @@ def calibrate(
         threshold = for_accuracy(confidence, right == split.y, large_right, target)
         source = f"{len(split)} labelled calibration samples"
     else:
-        texts = fresh_texts(loaded)
-        confidence = confidences(loaded, kind, texts)[0] if texts else loaded.judge.confidence(loaded.out_of_fold)
-        source = f"{len(texts)} fresh samples of the stream" if texts else f"{confidence.size} out-of-fold predictions"
+        confidence, source = unlabelled_confidences(loaded, kind)
         threshold = for_rate(confidence, cloud_rate) if cloud_rate is not None else fixed(confidence, epsilon or 0.0)
     save_threshold(run, threshold)
     curve = {str(rate): epsilon_for_rate(confidence, rate) for rate in _CURVE}
@@ -93,6 +91,14 @@ def confidences(run: Run, kind: Small, texts: list[str]) -> tuple[NDArray[np.flo
     """C_x [N] and the small model's answers [N] for texts that it wasn't fitted on."""
     predictions = kind.predict(run.small, kind.featurise(texts))
     return run.judge.confidence(predictions), predictions.logits.argmax(1)
+
+
+def unlabelled_confidences(run: Run, kind: Small) -> tuple[NDArray[np.float32], str]:
+    """C_x of what a call rate is read off, and what that is: the stream less what the run was fitted on, else out of fold."""
+    texts = fresh_texts(run)
+    if texts:
+        return confidences(run, kind, texts)[0], f"{len(texts)} fresh samples of the stream"
+    return run.judge.confidence(run.out_of_fold), f"{len(run.texts)} out-of-fold predictions"
 
 
 def fresh_texts(run: Run) -> list[str]:

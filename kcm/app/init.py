@@ -72,21 +72,24 @@ def init(
     from kcm.task import load_task
     from training.data import label_names, load_split
 
-    if (folder / "task.toml").exists() and not force:
-        raise ConfigError(f"{folder / 'task.toml'} exists", fix="--force overwrites it")
+    file = folder / "task.toml"
+    before = file.read_bytes() if file.exists() else None
+    if before is not None and not force:
+        raise ConfigError(f"{file} exists", fix="--force overwrites it")
     given = {"train": train, "large_train": large_train, "stream": stream, "calibration": calibration, "test": test}
     labels = sorted({name for path in (train, large_train) if path for name in label_names(path, text_column, label_column)})
     folder.mkdir(parents=True, exist_ok=True)
     files = {split: os.path.relpath(path.resolve(), folder.resolve()) for split, path in given.items() if path}
-    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in folder.resolve().name) or "task"
+    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in folder.resolve().name)
+    name = name if any(map(str.isalnum, name)) else "task"
     write_task_toml(folder, name, labels, files, text_column=text_column, label_column=label_column)
     try:
         task = load_task(folder)
         sizes = {split: len(load_split(task, split)) for split in files}
     except Exception:
-        (folder / "task.toml").unlink()
+        file.unlink() if before is None else file.write_bytes(before)
         raise
-    typer.echo(f"{folder / 'task.toml'}: {len(labels)} labels; rows: " + ", ".join(f"{k} {v}" for k, v in sizes.items()))
+    typer.echo(f"{file}: {len(labels)} labels; rows: " + ", ".join(f"{k} {v}" for k, v in sizes.items()))
     typer.echo(f"next: kcm simulate --task {folder}" if "stream" in files else f"next: kcm train --task {folder}")
 
 
@@ -101,20 +104,21 @@ def write_task_toml(
     label_column: str = "label",
 ) -> None:
     """Write task.toml: `files` maps split → path relative to `folder`."""
-    # A JSON string is a TOML basic string, but for DEL, which JSON leaves bare.
-    quoted = [json.dumps(label, ensure_ascii=False).replace("\x7f", "\\u007f") for label in labels]
-    lines = [
-        f"{split} = {json.dumps(files[split], ensure_ascii=False)}" if split in files else f'# {split} = "{split}.csv"' for split in _SPLITS
-    ]
+    lines = [f"{split} = {_quoted(files[split])}" if split in files else f'# {split} = "{split}.csv"' for split in _SPLITS]
     text = _TEMPLATE.format(
         title=title,
-        id=json.dumps(name),
-        labels="[\n" + "".join(f"  {q},\n" for q in quoted) + "]",
+        id=_quoted(name),
+        labels="[\n" + "".join(f"  {_quoted(label)},\n" for label in labels) + "]",
         data="\n".join(lines),
-        text_column=json.dumps(text_column),
-        label_column=json.dumps(label_column),
+        text_column=_quoted(text_column),
+        label_column=_quoted(label_column),
     )
     (folder / "task.toml").write_text(text, encoding="utf-8")
+
+
+def _quoted(text: str) -> str:
+    """A TOML basic string: as JSON's, but for DEL, which JSON leaves bare."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 _SPLITS = ("train", "large_train", "stream", "calibration", "test")

@@ -173,7 +173,8 @@ def hint_texts(task: Task, train: Split, progress: Progress, seed: int = 0) -> l
     best = np.argsort(-p, axis=1, kind="stable")[:, :CANDIDATES]
     prompt = Prompt(task.prompt, task.labels)
     kept = np.random.default_rng(seed).random(len(train)) >= task.large.hint_dropout
-    return [
-        prompt.hint(Hint(label_ids=tuple(ids), probabilities=tuple(p[row, ids]), confidence=float(confidence[row]))).strip() if kept[row] else None
-        for row, ids in enumerate(best.tolist())
-    ]
+    pairs: list[str | None] = []
+    for row, ids in enumerate(best.tolist()):
+        hint = Hint(label_ids=tuple(ids), probabilities=tuple(map(float, p[row, ids])), confidence=float(confidence[row]))
+        pairs.append(prompt.hint(hint).strip() if kept[row] else None)
+    return pairs

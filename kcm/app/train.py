@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kcm.task import Task
     from training.data import Split
     from training.run import Run
+    from training.small import Small
 
 TaskName = Annotated[str, typer.Option("--task", help="A task.toml or its folder, or a fetched task's name.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -115,7 +116,7 @@ def distill(
         progress=steps,
     )
     folder = out or next_run_folder(Path("runs"), "distill")
-    save_run(folder, recalibrated(new, previous))
+    save_run(folder, recalibrated(new, previous, kind))
     if bundle:
         from kcm.app.export import export_run
 
@@ -127,13 +128,14 @@ def distill(
     typer.echo(f"{folder}: round {new.info.round}" + (f", bundle {bundle}" if bundle else f"; next: kcm export {folder} --out BUNDLE"))
 
 
-def recalibrated(new: Run, previous: Run) -> Run:
+def recalibrated(new: Run, previous: Run, kind: Small) -> Run:
     """The new run with ε chosen as the previous one's was, where that needs no labels; else at the previous ε, to be calibrated."""
     from dataclasses import replace
 
+    from kcm.app.export import unlabelled_confidences
     from training.calibrate import fixed, for_rate
 
-    confidence = new.judge.confidence(new.out_of_fold)
+    confidence, _ = unlabelled_confidences(new, kind)
     old = previous.threshold
     rate = old.method == "cloud-rate" and old.target is not None
     return replace(new, threshold=for_rate(confidence, old.target or 0.0) if rate else fixed(confidence, old.epsilon))
@@ -172,8 +174,7 @@ def _report(folder: Path, run: Run, as_json: bool, next_step: str) -> None:
         return
     for split, m in run.metrics.items():
         kind = run.task.judge.kind
-        typer.echo(
-            f"{split.replace('_', ' ')}: small model {m['accuracy']:.1%} on {m['samples']}; AUROC of being right: "
-            f"judge {m[f'auroc_{kind}']:.3f}, max-softmax {m['auroc_max_softmax']:.3f}"
-        )
+        judge, softmax = m[f"auroc_{kind}"], m["auroc_max_softmax"]
+        ranking = "all alike" if judge is None else f"judge {judge:.3f}, max-softmax {softmax:.3f}"
+        typer.echo(f"{split.replace('_', ' ')}: small model {m['accuracy']:.1%} on {m['samples']}; AUROC of being right: {ranking}")
     typer.echo(f"{folder}: {next_step}")

@@ -84,13 +84,13 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['task']}: {result['documents']} test documents through the daemon; target of both calibrations: {result['target']}",
         "",
-        f"{'':30}{'accuracy':>22}{'cloud calls':>24}{'p50':>10}{'p99':>10}",
+        f"{'':30}{'accuracy':>22}{'cloud calls':>30}{'p50':>10}{'p99':>10}",
     ]
     for key, title in _ROWS:
         row = result[key]
         latency = f"{row['p50_ms']:8.1f}ms{row['p99_ms']:8.1f}ms" if "p50_ms" in row else f"{'–':>10}{'–':>10}"
         calls = f"{row['cloud_calls']} = {_share(row, 'cloud_rate')}"
-        lines.append(f"{title:30}{_share(row, 'accuracy'):>22}{calls:>24}{latency}")
+        lines.append(f"{title:30}{_share(row, 'accuracy'):>22}{calls:>30}{latency}")
     difference, learnt = result["after_minus_before"], result["learnt_from"]
     ratio = "" if result["calls_ratio"] is None else f" ({result['calls_ratio']:.2f} of before)"
     lines += [
