@@ -84,14 +84,16 @@ class LargeSpec(msgspec.Struct, frozen=True, kw_only=True):
 class DistillSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A distillation round. Each term can be switched off by its weight.
 
-    teacher_weight: of L_ls, on teacher logits whose max C_l > teacher_epsilon. judge_weight: of L_js, on labelled samples whose
-    C_x > judge_epsilon. direction: "forward" KL(C ‖ F_s), or the seed's "reverse" KL(F_s ‖ C), for L_ls.
+    teacher_weight: of L_ls, on teacher logits whose max C_l > teacher_epsilon; "auto" is the lowest at which the large model is
+    no worse than the small one on labelled samples, and 0 where it can't be asked about them.
+    judge_weight: of L_js, on labelled samples whose C_x > judge_epsilon.
+    direction: "forward" KL(C ‖ F_s), or the seed's "reverse" KL(F_s ‖ C), for L_ls.
     """
 
     temperature: Annotated[float, msgspec.Meta(gt=0.0)] = 1.0
     label_weight: Annotated[float, msgspec.Meta(ge=0.0)] = 1.0
     teacher_weight: Annotated[float, msgspec.Meta(ge=0.0)] = 1.0
-    teacher_epsilon: Share = 0.0
+    teacher_epsilon: Share | Literal["auto"] = "auto"
     judge_weight: Annotated[float, msgspec.Meta(ge=0.0)] = 0.1
     judge_epsilon: Share = DEFAULT_EPSILON
     direction: Literal["forward", "reverse"] = "forward"

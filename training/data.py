@@ -75,8 +75,8 @@ def read_rows(path: Path, text_column: str, label_column: str, *, labels_optiona
     Raises:
         DataError: missing, unreadable, an unknown ending, a missing column, no rows, or a bad row with its line.
     """
-    if not path.exists():
-        raise DataError(f"{path} does not exist")
+    if not path.is_file():
+        raise DataError(f"{path} {'is no file' if path.exists() else 'does not exist'}")
     reader = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path}: unknown kind of file {path.suffix!r}", fix="use .csv, .jsonl or .parquet")
@@ -93,16 +93,27 @@ def read_rows(path: Path, text_column: str, label_column: str, *, labels_optiona
         if not isinstance(text, str) or not text.strip():
             seen = "is empty" if text_column in row else f"is missing; columns are {', '.join(map(repr, row))}"
             raise DataError(f"{path}:{line}: {text_column!r} {seen}")
+        if not _is_unicode(text):
+            raise DataError(f"{path}:{line}: {text_column!r} holds half a surrogate pair, which is no Unicode text")
         texts.append(text)
         lines.append(line)
         if labelled:
             label = row.get(label_column)
-            if not isinstance(label, str | int) or isinstance(label, bool) or not str(label).strip():
+            if not isinstance(label, str | int) or isinstance(label, bool) or not str(label).strip() or not _is_unicode(str(label)):
                 raise DataError(f"{path}:{line}: {label_column!r} is empty or no name")
             labels.append(str(label))
     if not texts:
         raise DataError(f"{path} has no rows")
     return texts, labels, lines
+
+
+def _is_unicode(text: str) -> bool:
+    """False where JSON's \\u escapes left a lone surrogate: such a string can't be written anywhere again."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def label_names(path: Path, text_column: str, label_column: str) -> list[str]:
@@ -150,5 +161,5 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: no readable Parquet file: {error}") from error

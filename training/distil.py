@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,6 +19,8 @@ from training.judge import Judge, Predictions
 from training.small import Examples, Small
 
 Float32 = NDArray[np.float32]
+
+_FEWEST = 10  # labelled samples above ε_l that its accuracy must rest on
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,31 @@ def round_examples(
 def teacher_lesson(logits: Float32, spec: DistillSpec) -> Lesson:
     """L_ls: teacher logits [N, C] → targets at the temperature; rows at or below ε_l weigh nothing."""
     c_l = softmax(logits)
-    keep = c_l.max(1) > spec.teacher_epsilon
+    keep = c_l.max(1) > (0.0 if spec.teacher_epsilon == "auto" else spec.teacher_epsilon)
     weights = np.where(keep, np.float32(spec.teacher_weight), np.float32(0.0))
     return Lesson(softmax(logits, spec.temperature), weights, float(keep.mean()) if len(keep) else 0.0)
+
+
+def gauged(spec: DistillSpec, logits: Float32, labels: NDArray[np.int64], small_accuracy: float) -> DistillSpec:
+    """The spec with an "auto" ε_l made a number: teacher logits [N, C] and true labels [N] of samples, best ones it wasn't fitted on.
+
+    A teacher is worth listening to where it is right at least as often as the small model is on its out-of-fold predictions;
+    a weak one then teaches from its surest answers, or nothing at all (ε_l = 1).
+    """
+    if spec.teacher_epsilon != "auto":
+        return spec
+    sure = softmax(logits).max(1)
+    order = np.argsort(-sure, kind="stable")
+    accuracy = np.cumsum((logits.argmax(1) == labels)[order]) / np.arange(1, len(labels) + 1)
+    cut = np.append(np.diff(sure[order]) < 0, True)  # a threshold can't part equal confidences
+    enough = np.flatnonzero((accuracy >= small_accuracy) & cut)
+    if len(enough) and enough[-1] == len(labels) - 1:
+        epsilon = 0.0
+    elif len(enough) and enough[-1] + 1 >= _FEWEST:
+        epsilon = float((sure[order[enough[-1]]] + sure[order[enough[-1] + 1]]) / 2)
+    else:
+        epsilon = 1.0
+    return msgspec.structs.replace(spec, teacher_epsilon=epsilon)
 
 
 def label_lesson(labels: Float32, out_of_fold: Predictions, judge: Judge, spec: DistillSpec) -> Lesson:

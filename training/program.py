@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kcm.task import Task
 from training.calibrate import fixed
 from training.data import Split
-from training.distil import round_examples
+from training.distil import gauged, round_examples
 from training.evaluate import auroc, wilson
 from training.fit import Fitted, fit, one_hot
 from training.judge import max_softmax
@@ -46,6 +46,7 @@ def distil_run(
     *,
     parent: str,
     teacher_id: str,
+    gauge: tuple[Float32, NDArray[np.int64]] | None,
     seed: int,
     progress: Progress,
 ) -> Run:
@@ -53,19 +54,23 @@ def distil_run(
 
     Args:
         parent: id of the bundle whose devices sent the samples.
+        gauge: the large model's logits [K, C] for labelled samples and their labels [K], to calibrate an "auto" ε_l by.
     """
-    task = previous.task
+    task, spec = previous.task, previous.task.distill
     labelled = labelled_examples(task, kind, train)
     progress(f"{len(texts)} teacher rows, {len(train)} labels")
     # The labelled rows come first in every run, so these are their out-of-fold predictions.
     own = previous.out_of_fold.take(np.arange(len(train)))
-    examples, passed, used = round_examples(kind, labelled, own, previous.judge, kind.featurise(texts), logits, task.distill)
-    progress(f"{passed:.1%} of them above ε_l = {task.distill.teacher_epsilon}")
+    if gauge is not None:
+        spec = gauged(spec, *gauge, float((own.logits.argmax(1) == train.y).mean()))
+    examples, passed, used = round_examples(kind, labelled, own, previous.judge, kind.featurise(texts), logits, spec)
+    progress(f"{passed:.1%} of them above ε_l = {0.0 if spec.teacher_epsilon == 'auto' else spec.teacher_epsilon:.3f}")
     fitted = fit(task, kind, examples, seed=seed, progress=progress)
     info = run_info(task, round_=previous.info.round + 1, parent=parent, teacher_id=teacher_id, seed=seed, temperature=fitted.temperature)
     run = _run(info, fitted, kind, train.texts + [texts[i] for i in used], examples, test)
     run.metrics["teacher_rows"] = len(texts)
     run.metrics["teacher_rows_used"] = passed
+    run.metrics["teacher_epsilon"] = 0.0 if spec.teacher_epsilon == "auto" else spec.teacher_epsilon
     return run
 
 
@@ -98,8 +103,13 @@ def measure(task: Task, fitted: Fitted, kind: Small, examples: Examples, test: S
             "samples": len(labels),
             "accuracy": float(right.mean()),
             "accuracy_interval": wilson(int(right.sum()), len(right)),
-            f"auroc_{fitted.judge.spec.kind}": auroc(fitted.judge.confidence(predictions), right),
-            f"auroc_{fitted.twin.spec.kind}": auroc(fitted.twin.confidence(predictions), right),
-            "auroc_max_softmax": auroc(max_softmax(predictions.logits, fitted.temperature), right),
+            f"auroc_{fitted.judge.spec.kind}": _auroc(fitted.judge.confidence(predictions), right),
+            f"auroc_{fitted.twin.spec.kind}": _auroc(fitted.twin.confidence(predictions), right),
+            "auroc_max_softmax": _auroc(max_softmax(predictions.logits, fitted.temperature), right),
         }
     return metrics
+
+
+def _auroc(confidence: Float32, right: NDArray[np.bool_]) -> float | None:
+    """None where every answer is right or every one wrong: JSON has no NaN."""
+    return auroc(confidence, right) if 0 < right.sum() < right.size else None

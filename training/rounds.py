@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kcm.policy import epsilon_for_rate
 from kcm.task import Task
 from training.data import Split
-from training.distil import round_examples
+from training.distil import gauged, round_examples
 from training.fit import fit, one_hot
 from training.judge import Predictions
 from training.small import Examples, Small
@@ -52,6 +52,9 @@ class Loop:
         self.escalated: Index = np.zeros(0, np.int64)
         self.passed = 1.0  # share of teacher rows above ε_l in the last round
         self.fitted = fit(task, kind, self._labelled, seed=seed)
+        small_accuracy = float((self.fitted.out_of_fold.logits.argmax(1) == train.y).mean())
+        asked = task.distill.teacher_epsilon == "auto"
+        self.spec = gauged(task.distill, teacher(train.texts), train.y, small_accuracy) if asked else task.distill
 
     def predict(self, index: Index) -> Predictions:
         """The current small model's predictions for stream samples [N]."""
@@ -70,7 +73,7 @@ class Loop:
             self.fitted.judge,
             self._kind.take(self._features, self.escalated),
             self._logits,
-            self._task.distill,
+            self.spec,
         )
         self.fitted = fit(self._task, self._kind, examples, seed=self._seed)
 

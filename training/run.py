@@ -117,6 +117,7 @@ def load_run(folder: Path) -> Run:
     Raises:
         ConfigError: no finished run is there, or it is of another schema.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     if not (folder / "run.json").exists():
@@ -132,7 +133,7 @@ def load_run(folder: Path) -> Run:
         texts = [json.loads(line)["text"] for line in (folder / "examples.jsonl").read_text(encoding="utf-8").split("\n") if line]
         metrics = json.loads((folder / "metrics.json").read_text())
         small = load_small(folder, info.task)
-    except (OSError, KeyError, msgspec.DecodeError, json.JSONDecodeError, RuntimeError) as error:
+    except (OSError, KeyError, msgspec.DecodeError, json.JSONDecodeError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{folder} can't be read as a run: {error}") from error
     return Run(
         info=info,

@@ -66,6 +66,7 @@ def simulate_seed(setting: Setting, seed: int, progress: Progress) -> SeedResult
             "round": number,
             **row,
             "escalated_of_stream": len(loop.escalated) / max(1, len(setting.stream)),
+            "teacher_epsilon": loop.spec.teacher_epsilon,
             "teacher_rows_used": loop.passed,
         }
         if floor:

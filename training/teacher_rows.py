@@ -21,7 +21,7 @@ def read_lessons(store: Path, task: Task, teacher_id: str = "") -> tuple[list[st
         teacher_id: read only this teacher's rows; "" where the store holds one teacher.
 
     Raises:
-        StoreError: nothing compacted, unreadable, no row of this task, or rows of several teachers.
+        StoreError: nothing compacted, damaged, no row of this task, a row over other classes, or rows of several teachers.
     """
     texts: list[str] = []
     logits: list[Float32] = []
@@ -43,11 +43,17 @@ def _rows(store: Path, task: Task, teacher_id: str) -> Iterator[tuple[str, Float
     wanted = ["text", "label_space", "task_id", "teacher_logits", "teacher_id"]
     for part in sorted((store / "parquet").glob("*.parquet")):
         try:
-            with parquet.ParquetFile(part) as file:
+            with parquet.ParquetFile(part, page_checksum_verification=True) as file:
+                if missing := sorted(set(wanted) - set(file.schema_arrow.names)):
+                    raise StoreError(f"{part} can't be read: it has no column {missing[0]!r}")
                 for batch in file.iter_batches(4096, columns=wanted):
                     for row in batch.to_pylist():
                         ours = row["label_space"] == task.label_space and row["task_id"] == task.id
                         if ours and row["teacher_logits"] is not None and teacher_id in ("", row["teacher_id"]):
+                            if len(row["teacher_logits"]) != len(task.labels):
+                                raise StoreError(
+                                    f"{part}: a row has {len(row['teacher_logits'])} logits, the task {len(task.labels)} labels"
+                                )
                             yield row["text"], np.array(row["teacher_logits"], np.float32), row["teacher_id"]
-        except (pyarrow.ArrowInvalid, OSError) as error:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise StoreError(f"{part} can't be read: {error}", fix=f"kcm store compact {store}, or restore the file") from error

@@ -13,7 +13,7 @@ from kcm.errors import ConfigError
 
 _TEMPLATE = """\
 # {title}
-# Every key is optional but [task] and data.train; `kcm config task` lists them all with their defaults.
+# Every key is optional but [task] and data.train; kcm/task.py documents them all.
 
 [task]
 id = {id}

@@ -11,6 +11,9 @@ import typer
 from kcm.app.progress import Steps
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from kcm.task import Task
     from training.data import Split
     from training.run import Run
@@ -81,6 +84,9 @@ def distill(
     store: Annotated[Path, typer.Option("--store", help="The teacher store, compacted (`kcm store compact`).")],
     out: Annotated[Path | None, typer.Option("--out", help="The new run's folder; default runs/distill/<n>.")] = None,
     bundle: Annotated[Path | None, typer.Option("--bundle", help="Also export the new run as a bundle here.")] = None,
+    large: Annotated[
+        Path | None, typer.Option("--large", help="Folder of the large model, to calibrate ε_l on labelled samples; without it ε_l is 0.")
+    ] = None,
     teacher: Annotated[str, typer.Option("--teacher", help="Read only this teacher's rows.")] = "",
     seed: Annotated[int, typer.Option(help="Draws the folds.")] = 0,
     as_json: AsJson = False,
@@ -112,6 +118,7 @@ def distill(
         logits,
         parent=_bundle_of(previous, run),
         teacher_id=teacher_id,
+        gauge=_gauge(task, large, steps) if large else None,
         seed=seed,
         progress=steps,
     )
@@ -154,6 +161,16 @@ def before_after(previous: Run, new: Run) -> str:
             lines.append(f"{'small model, ' + split.replace('_', ' '):24}" + "".join(f"{cell:>24}" for cell in cells))
     lines.append(f"teacher rows: {new.metrics['teacher_rows']}, {new.metrics['teacher_rows_used']:.1%} above ε_l")
     return "\n".join(lines)
+
+
+def _gauge(task: Task, large: Path, steps: Steps) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The large model's logits for labelled samples that were kept back, else for the edge's own."""
+    from cloud_server.models import load_large
+    from training.data import load_split
+
+    split = load_split(task, "calibration" if task.data.calibration else "train")
+    steps(f"large model: {len(split)} labelled samples")
+    return load_large(large).logits(split.texts, [None] * len(split)), split.y
 
 
 def _test(task: Task) -> Split | None:

@@ -202,6 +202,7 @@ class Demo:
             logits,
             parent=parent,
             teacher_id=teacher,
+            gauge=(large.logits(self._parts.early.texts), self._parts.early.y),
             seed=self._seed,
             progress=self._steps,
         )
