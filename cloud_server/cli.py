@@ -21,7 +21,7 @@ StoreFolder = Annotated[Path, typer.Argument(help="The folder that `kcm cloud --
 def cloud(
     config: Annotated[Path | None, typer.Option(help="TOML file with a [cloud] table. Flags and KCM_CLOUD__… go before it.")] = None,
     task: Annotated[str | None, typer.Option(help="task.toml, its folder, or a fetched task's name.")] = None,
-    large: Annotated[Path | None, typer.Option(help="Folder of the large model (large.json), as `kcm train` writes it.")] = None,
+    large: Annotated[Path | None, typer.Option(help="Folder of the large model (large.json), as `kcm train-large` writes it.")] = None,
     store: Annotated[Path | None, typer.Option(help="Folder of the teacher store; made if it isn't there.")] = None,
     listen: Annotated[
         str | None, typer.Option(help="HOST:PORT or unix:PATH. Beyond loopback only with [cloud.tls]. Port 0: a free one.")
@@ -37,7 +37,7 @@ def cloud(
 
     Prints `ready on ADDRESS` once the model has answered a warm-up, then serves until SIGTERM, which drains.
 
-    Try it: kcm cloud --task r52 --large runs/train/1/large --store ./store
+    Try it: kcm cloud --task r52 --large ./large --store ./store
     """
     from kcm.config import load
 

@@ -41,7 +41,7 @@ class PartWriter:
         name = new_sample_id()  # sorts by time
         self._final, self._temporary = folder / f"part-{name}.parquet", folder / f".part-{name}.tmp"
         self._file = self._temporary.open("wb")
-        self._writer: Any = pq.ParquetWriter(self._file, SCHEMA, compression="zstd")
+        self._writer: Any = pq.ParquetWriter(self._file, SCHEMA, compression="zstd", write_page_checksum=True)
         self._published = False
         self.rows = 0
 

@@ -48,7 +48,7 @@ def check(config: CloudConfig) -> Task:
     if large.labels != task.labels:
         raise ConfigError(
             f"{config.large} scores {len(large.labels)} labels, task {task.id} has {len(task.labels)} (or in another order)",
-            fix="fit the large model again: kcm train TASK",
+            fix="fit the large model again: kcm train-large --task TASK --out FOLDER",
         )
     return task
 

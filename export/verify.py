@@ -66,8 +66,9 @@ def verify(run: Run, kind: Small, bundle: Bundle, texts: list[str]) -> Report:
         excused=int(excused.sum()),
     )
     wrong = [
-        f"logits differ by {report.logits_error:.2e} (bar {LOGITS:g})" if report.logits_error > LOGITS else "",
-        f"C_x differs by {report.confidence_error:.2e} (bar {CONFIDENCE:g})" if report.confidence_error > CONFIDENCE else "",
+        # not >: a NaN differs too
+        f"logits differ by {report.logits_error:.2e} (bar {LOGITS:g})" if not report.logits_error <= LOGITS else "",
+        f"C_x differs by {report.confidence_error:.2e} (bar {CONFIDENCE:g})" if not report.confidence_error <= CONFIDENCE else "",
         f"{report.labels} answers differ" if report.labels else "",
         f"{report.decisions - report.excused} decisions differ away from ε" if report.decisions > report.excused else "",
     ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from kcm.errors import DataError
 from kcm.policy import epsilon_for_rate
 from kcm.task import Task
 from training.data import Split
@@ -33,6 +34,9 @@ class Stream:
 
     @classmethod
     def draw(cls, size: int, rounds: int, seed: int) -> Stream:
+        """Raises DataError for a stream of which nothing can be kept back."""
+        if round(RESERVED * size) < 1:
+            raise DataError(f"the stream has {size} rows; a simulation needs at least {round(1 / RESERVED)}")
         order = np.random.default_rng(seed).permutation(size)
         cut = round(RESERVED * size)
         return cls(list(np.array_split(order[cut:], rounds)) if rounds else [], order[:cut])

@@ -78,7 +78,8 @@ def read_large(folder: Path) -> LargeFile:
         large = msgspec.json.decode(path.read_bytes(), type=LargeFile)
     except OSError as error:
         raise ConfigError(
-            f"{folder} is no large model: {LARGE_FILE} can't be read ({error.strerror})", fix="kcm train TASK   writes one as RUN/large"
+            f"{folder} is no large model: {LARGE_FILE} can't be read ({error.strerror})",
+            fix="kcm train-large --task TASK --out FOLDER   makes one",
         ) from error
     except msgspec.DecodeError as error:
         raise ConfigError(f"{path}: {error}") from error

@@ -36,10 +36,18 @@ def _add(app: typer.Typer, entry: EntryPoint) -> None:
         app.command(name=entry.name)(verb)
 
 
-def _root(show_version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True)) -> None:
-    if show_version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(version("kcm"))
         raise typer.Exit
+
+
+# A callback of the option: the root itself runs only once a verb is given.
+_VERSION = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+
+
+def _root(show_version: bool = _VERSION) -> None:
+    """Nothing of its own."""
 
 
 # Import names that differ from their distribution's.

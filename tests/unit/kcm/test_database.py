@@ -68,7 +68,8 @@ def test_acknowledged_rows_survive_kill_9(tmp_path: Path) -> None:
         database = Database(Path(sys.argv[1]), {SCHEMA!r})
         pending = []
         for key in range(10**6):
-            pending.append((key, database.submit(lambda c, key=key: c.execute("INSERT INTO t VALUES (?, ?)", (key, b"x" * 100)).fetchall())))
+            write = lambda c, key=key: c.execute("INSERT INTO t VALUES (?, ?)", (key, b"x" * 100)).fetchall()
+            pending.append((key, database.submit(write)))
             if len(pending) == 64:
                 for done, future in pending:
                     future.result()

@@ -42,7 +42,7 @@ def test_accuracy_target_is_met_with_the_fewest_calls(confidence: np.ndarray, da
         return float(np.where(confidence > epsilon, small, large).mean())
 
     epsilon = epsilon_for_accuracy(confidence, small, large, target)
-    reached = [e for e in (-1.0, *confidence.tolist()) if accuracy(e) >= target - 1e-9]
+    reached = [e for e in (-1.0, *confidence.tolist()) if accuracy(e) * confidence.size >= target * confidence.size - 1e-9]
     if epsilon is None:
         assert not reached
     else:

@@ -129,7 +129,7 @@ def test_a_run_holds_its_encoder_to_the_hash(task: Task, tmp_path: Path) -> None
 def test_settings_that_can_not_work_say_what_to_set(bert: Path, tmp_path: Path) -> None:
     small = {"kind": "encoder", "path": str(bert)}
     for changed, preprocess, said in (
-        (small, {}, r'fix: set kind = "tokenizer" under \[preprocess\]'),
+        (small, {}, '"encoder" reads "tokenizer"'),
         ({"kind": "encoder"}, PREPROCESS, "needs a path"),
         ({"kind": "encoder", "path": "nowhere"}, PREPROCESS, "is not at"),
         (small, {**PREPROCESS, "tokenizer": "tokenizer.json"}, "brings its own"),

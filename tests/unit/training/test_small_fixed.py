@@ -92,7 +92,9 @@ def test_a_distillation_round_refits_the_judge_and_leaves_the_graph(tmp_path: Pa
     kind, data, stream = Fixed(task), split(), split(90, seed=1)
     first = train_run(task, kind, data, None, seed=0, progress=lambda _: None)
     teacher = 8 * np.eye(len(LABELS), dtype=np.float32)[stream.y]
-    second = distil_run(first, kind, data, None, stream.texts, teacher, parent="p", teacher_id="t", seed=0, progress=lambda _: None)
+    second = distil_run(
+        first, kind, data, None, stream.texts, teacher, parent="p", teacher_id="t", gauge=None, seed=0, progress=lambda _: None
+    )
     assert second.small == first.small and second.small.model == (tmp_path / "model.onnx").read_bytes()
     assert len(second.out_of_fold) == len(data) + len(stream)
     probe = kind.featurise(stream.texts)
