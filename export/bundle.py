@@ -16,7 +16,6 @@ import tomli_w
 from export.graph import fuse_ngrams
 from export.session import Session
 from kcm.bundle import Calibration, GraphSpec, Manifest, write_manifest
-from kcm.errors import ConfigError
 from kcm.preprocess import load_preprocessor
 from training.encoder import EncoderHead
 from training.ngrams import NgramModel
@@ -27,35 +26,30 @@ GOLDEN = 64
 _GOLDEN_CHARACTERS = 2000  # of each golden text
 
 
-def export_bundle(run: Run, out: Path, *, golden_texts: list[str], force: bool = False) -> Manifest:
-    """Write the bundle of `run` to `out`, whole or not at all.
+def export_bundle(run: Run, out: Path, *, golden_texts: list[str]) -> Manifest:
+    """Write the bundle of `run` to `out`; its manifest comes last.
 
     Args:
+        out: is emptied first; `kcm export` builds beside the target and renames.
         golden_texts: up to GOLDEN are shipped with their expected outputs; the edge refuses a bundle that answers otherwise.
-
-    Raises:
-        ConfigError: `out` exists and `force` isn't given.
     """
-    if out.exists() and not force:
-        raise ConfigError(f"{out} exists", fix="--force replaces it")
-    building = out.with_name(f".{out.name}.building")
-    shutil.rmtree(building, ignore_errors=True)
-    (building / "models").mkdir(parents=True)
+    shutil.rmtree(out, ignore_errors=True)
+    (out / "models").mkdir(parents=True)
     candidates = min(CANDIDATES, len(run.task.labels))
     model = fuse(run, candidates)
-    (building / "models" / "fp32.onnx").write_bytes(model)
+    (out / "models" / "fp32.onnx").write_bytes(model)
     tokenizer = tokenizer_json(run)
     if tokenizer:
-        (building / "tokenizer.json").write_bytes(tokenizer)
-    (building / "task.toml").write_text(tomli_w.dumps(run.task.shipped()), encoding="utf-8")
+        (out / "tokenizer.json").write_bytes(tokenizer)
+    (out / "task.toml").write_text(tomli_w.dumps(run.task.shipped()), encoding="utf-8")
     calibration = {"fp32": calibrated(run.threshold, calibration_id(run, model, "fp32"))}
-    (building / "calibration.json").write_bytes(msgspec.json.encode(calibration))
+    (out / "calibration.json").write_bytes(msgspec.json.encode(calibration))
     preprocessor = load_preprocessor(run.task.preprocess, {"tokenizer.json": tokenizer} if tokenizer else {})
-    np.savez(building / "golden.npz", **golden(Session(model), preprocessor, golden_texts))
-    (building / "metrics.json").write_text(json.dumps(run.metrics, indent=1))
-    (building / "MODEL_CARD.md").write_text(model_card(run, len(model)), encoding="utf-8")
-    manifest = write_manifest(
-        building,
+    np.savez(out / "golden.npz", **golden(Session(model), preprocessor, golden_texts))
+    (out / "metrics.json").write_text(json.dumps(run.metrics, indent=1))
+    (out / "MODEL_CARD.md").write_text(model_card(run, len(model)), encoding="utf-8")
+    return write_manifest(
+        out,
         task=run.task,
         graph=GraphSpec(inputs=tuple(preprocessor.names), candidates=candidates),
         version=version("kcm"),
@@ -63,10 +57,6 @@ def export_bundle(run: Run, out: Path, *, golden_texts: list[str], force: bool =
         parent=run.info.parent,
         teacher_id=run.info.teacher_id,
     )
-    shutil.rmtree(out, ignore_errors=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    building.rename(out)
-    return manifest
 
 
 def fuse(run: Run, candidates: int) -> bytes:

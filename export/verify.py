@@ -42,6 +42,12 @@ def verify(run: Run, kind: Small, bundle: Bundle, texts: list[str]) -> Report:
     """
     if bundle.task.label_space != run.task.label_space:
         raise VerifyError(f"{bundle.path} has other labels than the run")
+    made = bundle.manifest
+    if (made.task_id, made.round, made.teacher_id) != (run.task.id, run.info.round, run.info.teacher_id):
+        raise VerifyError(f"{bundle.path} was not exported from this run", fix="give the run that it came from, or export again")
+    epsilon = bundle.calibration["fp32"].epsilon
+    if epsilon != run.threshold.epsilon:
+        raise VerifyError(f"{bundle.path} has ε = {epsilon:.4f}, the run {run.threshold.epsilon:.4f}", fix="export again")
     if tokenizer_json(run) != bundle.files.get("tokenizer.json", b""):
         raise VerifyError(f"{bundle.path} has another tokenizer.json than the run")
     predictions = kind.predict(run.small, kind.featurise(texts))
@@ -51,7 +57,6 @@ def verify(run: Run, kind: Small, bundle: Bundle, texts: list[str]) -> Report:
     parts = [session.run(preprocessor.batch(texts[i : i + _BATCH])) for i in range(0, len(texts), _BATCH)]
     logits, c, top = (np.concatenate([part[name] for part in parts]) for name in ("logits", "confidence", "top_ids"))
 
-    epsilon = bundle.calibration["fp32"].epsilon
     moved = (c > epsilon) != (confidence > epsilon)
     excused = moved & (np.abs(confidence - epsilon) < CONFIDENCE)
     # A tie between two labels may break either way; a label that leads by more than the bar may not change.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from datetime import datetime, timezone
@@ -49,6 +50,11 @@ class Alarm:
         self._last[kind] = now
         held = self._held.pop(kind, 0)
         self._log.error("%s%s", message, f" (and {held} times since this was last said)" if held else "")
+
+
+def quiet_grpc() -> None:
+    """Keep gRPC's C core from writing lines of its own between ours, unless the user asked for them. Before grpc is imported."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 def configure_logging(level: int = logging.INFO) -> None:

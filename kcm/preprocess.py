@@ -19,7 +19,9 @@ from kcm.task import PreprocessSpec
 
 Inputs = dict[str, NDArray[Any]]
 
-_WORD = re.compile(r"[^\W_]+")  # "what's" → what, s: contractions then meet known words
+# Scripts that put no space between words, and emoji: each character is a word, and pairs of them are word pairs.
+_ALONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u2600-\u27bf\U0001f300-\U0001faff"
+_WORD = re.compile(rf"[{_ALONE}]|[^\W_{_ALONE}]+")  # "what's" → what, s: contractions then meet known words
 _CACHED_WORDS = 50_000  # per-word ids kept; about 40 MB at worst, and a device sees far fewer words
 _LONGEST_WORD = 40  # characters of a word that become n-grams; the rest of a URL or a blob says little
 WORDS, PAIRS, GRAMS = range(3)  # the three groups of buckets; a group's ids begin at group · buckets

@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import ipaddress
 import signal
+import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import grpc
 import msgspec
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
 MAX_MESSAGE = 16 * 2**20
+# Of one payload, on either side: half a message leaves room for the scores, the hint and the framing.
+SampleBytes = Annotated[int, msgspec.Meta(gt=0, le=MAX_MESSAGE // 2)]
+# What OpenSSL says where a key and a certificate are both sound and don't fit.
+_STRANGERS = {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"}
 
 
 class TlsConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,19 +39,53 @@ class TlsConfig(msgspec.Struct, frozen=True, kw_only=True):
     def enabled(self) -> bool:
         return bool(self.certificate or self.key or self.ca)
 
-    def read(self) -> tuple[bytes, bytes, bytes]:
-        """(certificate, key, ca). Raises ConfigError where one is missing or can't be read."""
+    def read(self, where: str = "[tls]") -> tuple[bytes, bytes, bytes]:
+        """(certificate, key, ca), checked: gRPC itself would only say that it can't bind or connect.
+
+        Args:
+            where: the table that an error names.
+
+        Raises:
+            ConfigError: a file is missing, can't be read, is no PEM, or the key isn't the certificate's.
+        """
+        for field in ("certificate", "key", "ca"):
+            if not getattr(self, field):
+                raise ConfigError(f"{where} {field} is missing: mTLS needs certificate, key and ca")
         try:
-            certificate, key, ca = (Path(self._named(field)).read_bytes() for field in ("certificate", "key", "ca"))
+            certificate, key, ca = (Path(name).read_bytes() for name in (self.certificate, self.key, self.ca))
         except OSError as error:
-            raise ConfigError(f"[tls] {error.filename} can't be read: {error.strerror}") from error
+            raise ConfigError(f"{where} {error.filename} can't be read: {error.strerror}") from error
+        _check_certificates(self.certificate, f"{where} certificate")
+        _check_certificates(self.ca, f"{where} ca")
+        self._check_pair(where)
         return certificate, key, ca
 
-    def _named(self, field: str) -> str:
-        value: str = getattr(self, field)
-        if not value:
-            raise ConfigError(f"[tls] {field} is missing: mTLS needs certificate, key and ca")
-        return value
+    def _check_pair(self, where: str) -> None:
+        try:
+            # A password at once: OpenSSL would ask for it on the terminal.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.certificate, self.key, password=lambda: b"")
+        except (ssl.SSLError, ValueError) as error:
+            reason = getattr(error, "reason", None)
+            if reason in _STRANGERS:
+                message = f"{where} key {self.key} does not belong to certificate {self.certificate}"
+                raise ConfigError(message, fix="give the key that the certificate was made from") from error
+            if reason:
+                raise ConfigError(f"{where} certificate {self.certificate} with key {self.key}: {_words(reason)}") from error
+            message = f"{where} key {self.key} holds no PEM private key without a password"
+            raise ConfigError(message, fix=f"openssl pkey -in {self.key} -out PLAIN.key   takes a password off") from error
+
+
+def _check_certificates(path: str, what: str) -> None:
+    """Raises ConfigError where the file holds no readable certificate."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(path)
+    except ssl.SSLError as error:
+        raise ConfigError(f"{what} {path} holds no readable PEM certificate: {_words(error.reason or 'damaged')}") from error
+
+
+def _words(reason: str) -> str:
+    """OpenSSL's NO_CERTIFICATE_OR_CRL_FOUND as a reader would say it."""
+    return reason.lower().replace("_", " ")
 
 
 def is_local(address: str) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
+from kcm.app.folders import claim
 from kcm.app.progress import Steps
 from kcm.errors import ConfigError
 
@@ -102,13 +103,18 @@ def unlabelled_confidences(run: Run, kind: Small) -> tuple[NDArray[np.float32], 
 
 
 def fresh_texts(run: Run) -> list[str]:
-    """The task's stream less every text that this run was fitted on; empty where the task names no stream."""
+    """Texts of the task's stream that are like its traffic and that no run was fitted on; empty where the task names no stream.
+
+    Round 0 learnt from none of it. A later round learnt from what escalated, which leaves easy texts behind: there only the
+    reserved tenth is still like the traffic.
+    """
     from training.data import load_split
+    from training.reserve import reserved
 
     if not run.task.data.stream:
         return []
     seen = set(run.texts)
-    return [text for text in load_split(run.task, "stream").texts if text not in seen]
+    return [text for text in load_split(run.task, "stream").texts if text not in seen and (run.info.round == 0 or reserved(text))]
 
 
 def _large_answers(large: Path, split: Split, steps: Steps) -> NDArray[np.int64]:
@@ -138,20 +144,24 @@ def export(
 
 
 def export_run(folder: Path, out: Path, *, force: bool) -> Manifest:
-    """Export, then verify what was written; a bundle that doesn't agree with torch is taken away again."""
+    """Export and verify beside `out`, then put it in place: a bundle that doesn't agree with torch never appears there."""
     import shutil
 
     from export.bundle import export_bundle
     from kcm.app.models import load_small_kind
+    from kcm.bundle import MANIFEST
     from training.run import load_run
 
+    claim(out, MANIFEST, force=force)
     run = load_run(folder)
-    manifest = export_bundle(run, out, golden_texts=run.texts, force=force)
+    building = out.with_name(f".{out.name}.building")
     try:
-        check(run, load_small_kind(run.task, Steps(quiet=True)), out, run.texts[:256])
-    except Exception:
-        shutil.rmtree(out)
-        raise
+        manifest = export_bundle(run, building, golden_texts=run.texts)
+        check(run, load_small_kind(run.task, Steps(quiet=True)), building, run.texts[:256])
+        shutil.rmtree(out, ignore_errors=True)
+        building.rename(out)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
     (folder / "bundle_id").write_text(manifest.bundle_id)
     return manifest
 

@@ -6,10 +6,14 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from kcm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from training.data import Split
 
 _TEMPLATE = """\
 # {title}
@@ -85,12 +89,30 @@ def init(
     write_task_toml(folder, name, labels, files, text_column=text_column, label_column=label_column)
     try:
         task = load_task(folder)
-        sizes = {split: len(load_split(task, split)) for split in files}
+        splits = {split: load_split(task, split) for split in files}
     except Exception:
         file.unlink() if before is None else file.write_bytes(before)
         raise
-    typer.echo(f"{file}: {len(labels)} labels; rows: " + ", ".join(f"{k} {v}" for k, v in sizes.items()))
+    typer.echo(f"{file}: {len(labels)} labels; rows: " + ", ".join(f"{name} {len(split)}" for name, split in splits.items()))
+    for warning in warnings(splits, labels):
+        typer.echo(f"warning: {warning}", err=True)
     typer.echo(f"next: kcm simulate --task {folder}" if "stream" in files else f"next: kcm train --task {folder}")
+
+
+def warnings(splits: Mapping[str, Split], labels: Sequence[str]) -> list[str]:
+    """What is allowed and yet seldom meant: a label that the edge never learns, files that share texts."""
+    found = []
+    learnt = set(splits["train"].y.tolist())
+    if unseen := [label for i, label in enumerate(labels) if i not in learnt]:
+        shown = ", ".join(map(repr, unseen[:5])) + (", …" if len(unseen) > 5 else "")
+        found.append(f"{len(unseen)} label(s) have no row in train, only in large_train: {shown}; a spelling mistake?")
+    for kept_back in ("test", "calibration"):
+        for other in ("train", "large_train", "stream", "calibration"):
+            if kept_back == other or not {kept_back, other} <= set(splits):
+                continue
+            if shared := len(set(splits[kept_back].texts) & set(splits[other].texts)):
+                found.append(f"{shared} text(s) of {kept_back} are in {other} too: figures on {kept_back} will flatter")
+    return found
 
 
 def write_task_toml(

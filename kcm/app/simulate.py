@@ -19,7 +19,9 @@ def simulate(
     rounds: int = typer.Option(5, "--rounds", min=0, help="Distillation rounds after round 0."),
     large: str = typer.Option("", "--large", help="Large model instead of the task's: minilm, smollm2, or a folder."),
     share: float = typer.Option(0.5, "--share", min=0.0, max=1.0, help="Share of the stream that may go to the large model for learning."),
-    epsilon: float = typer.Option(-1.0, "--epsilon", help="ε for kcm_accuracy and cloud_rate instead of the task's."),
+    epsilon: float | None = typer.Option(
+        None, "--epsilon", min=0.0, max=1.0, help="ε for kcm_accuracy and cloud_rate instead of the task's."
+    ),
     floor: bool = typer.Option(True, "--floor/--no-floor", help="Run the TF-IDF + linear + max-softmax baseline beside."),
     as_json: bool = typer.Option(False, "--json", help="Print the result as JSON on stdout."),
     out: Path = typer.Option(None, "--out", help="Also write the JSON to this file."),
@@ -48,12 +50,14 @@ def simulate(
     typer.echo(text if as_json else table(summary))
 
 
-def load_setting(task_name: str, *, large: str, rounds: int, share: float, epsilon: float, floor: bool, scratch: Path, steps: Steps) -> Any:
+def load_setting(
+    task_name: str, *, large: str, rounds: int, share: float, epsilon: float | None, floor: bool, scratch: Path, steps: Steps
+) -> Any:
     """The simulation's setting: files read, large model fitted and asked about the test split."""
     import msgspec
 
     from kcm.app.models import LargeInProcess, load_small_kind, one_thread
-    from kcm.assets import task_path
+    from kcm.assets import model_path, task_path
     from kcm.task import load_task
     from training.data import load_split
     from training.simulate import Setting
@@ -63,8 +67,9 @@ def load_setting(task_name: str, *, large: str, rounds: int, share: float, epsil
     if large:
         kind = "causal" if large == "smollm2" else task.large.kind
         task = msgspec.structs.replace(task, large=msgspec.structs.replace(task.large, model=large, kind=kind))
-    if epsilon >= 0:
+    if epsilon is not None:
         task = msgspec.structs.replace(task, judge=msgspec.structs.replace(task.judge, epsilon=epsilon))
+    model_path(task.large.model, task.root)  # fails now, not after the data is read
     train, stream, test = (load_split(task, name) for name in ("train", "stream", "test"))
     teach = load_split(task, "large_train") if task.data.large_train else train
     steps(

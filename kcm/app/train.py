@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kcm.app.folders import claim
 from kcm.app.progress import Steps
+from kcm.errors import ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +29,7 @@ def train(
     task: TaskName,
     out: Annotated[Path | None, typer.Option("--out", help="The run's folder; default runs/train/<n>.")] = None,
     seed: Annotated[int, typer.Option(help="Draws the folds.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace a run that is there.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Fit the small model and its judge on the task's own labels: a run, which `kcm export` turns into a bundle.
@@ -42,6 +45,8 @@ def train(
 
     one_thread()
     steps = Steps()
+    if out is not None:
+        claim(out, "run.json", force=force)
     loaded = load_task(task_path(task))
     train_split = load_split(loaded, "train")
     test = _test(loaded)
@@ -55,6 +60,7 @@ def train(
 def train_large(
     task: TaskName,
     out: Annotated[Path, typer.Option("--out", help="Folder of the large model, for `kcm cloud --large`.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace a large model that is there.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Fit the head of the task's large encoder on large_train (or describe a causal model, which needs no fitting).
@@ -68,6 +74,7 @@ def train_large(
 
     one_thread()
     steps = Steps()
+    claim(out, "large.json", force=force)
     loaded = load_task(task_path(task))
     split = load_split(loaded, "large_train" if loaded.data.large_train else "train") if loaded.large.kind == "encoder" else None
     model = LargeInProcess(loaded, out, split, steps)
@@ -89,15 +96,18 @@ def distill(
     ] = None,
     teacher: Annotated[str, typer.Option("--teacher", help="Read only this teacher's rows.")] = "",
     seed: Annotated[int, typer.Option(help="Draws the folds.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace a run or bundle that is there.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """One distillation round: labels, the large model's logits from the store, and the judge's confidence make a better run.
 
-    Prints before and after. The new run's ε is calibrated the same way as the old one's, for the same target.
+    A tenth of all texts is never learnt from (call rates are calibrated on it), nor is any text of the test and calibration
+    files. Prints before and after. The new run's ε is calibrated the same way as the old one's, for the same target.
 
     Try it: kcm distill runs/train/1 --store ./store --bundle bundle-2
     """
     from kcm.app.models import load_small_kind, one_thread
+    from kcm.bundle import MANIFEST
     from training.data import load_split
     from training.program import distil_run
     from training.run import load_run, next_run_folder, save_run
@@ -105,9 +115,15 @@ def distill(
 
     one_thread()
     steps = Steps()
+    if out is not None:
+        if out.resolve() == run.resolve():
+            raise ConfigError(f"{out} is the run to distil from", fix="give another --out")
+        claim(out, "run.json", force=force)
+    if bundle is not None:
+        claim(bundle, MANIFEST, force=force)
     previous = load_run(run)
     task = previous.task
-    texts, logits, teacher_id = read_lessons(store, task, teacher)
+    texts, logits, teacher_id = read_lessons(store, task, teacher, held_back_texts(task))
     kind = load_small_kind(task, steps)
     new = distil_run(
         previous,
@@ -127,7 +143,7 @@ def distill(
     if bundle:
         from kcm.app.export import export_run
 
-        export_run(folder, bundle, force=False)
+        export_run(folder, bundle, force=force)
     if as_json:
         typer.echo(json.dumps({"run": str(folder), "before": previous.metrics, "after": new.metrics}))
         return
@@ -161,6 +177,13 @@ def before_after(previous: Run, new: Run) -> str:
             lines.append(f"{'small model, ' + split.replace('_', ' '):24}" + "".join(f"{cell:>24}" for cell in cells))
     lines.append(f"teacher rows: {new.metrics['teacher_rows']}, {new.metrics['teacher_rows_used']:.1%} above ε_l")
     return "\n".join(lines)
+
+
+def held_back_texts(task: Task) -> set[str]:
+    """The texts of the task's test and calibration files: whoever sends them through an edge, they are never learnt from."""
+    from training.data import load_split
+
+    return {text for name in ("test", "calibration") if getattr(task.data, name) for text in load_split(task, name).texts}
 
 
 def _gauge(task: Task, large: Path, steps: Steps) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

@@ -14,6 +14,7 @@ from kcm.app.demo.traffic import Pass, stream, wait_for_bundle
 from kcm.app.export import confidences, export_run
 from kcm.app.models import LargeInProcess, load_small_kind
 from kcm.app.progress import Steps
+from kcm.app.train import held_back_texts
 from kcm.errors import UnavailableError
 from kcm.sample import Route
 from kcm.task import Task
@@ -33,7 +34,7 @@ class Sizes:
     """Documents of each part: sized so that the demo ends within three minutes on two cores (about 25 ms each in the cloud)."""
 
     large_train: int = 1000
-    stream: int = 2000
+    stream: int = 2200
     calibration: int = 350  # twice: once before, once after
     test: int = 500
 
@@ -191,7 +192,7 @@ class Demo:
     def _distil(self, first: Run, kind: Small, large: LargeInProcess) -> Run:
         from training.teacher_rows import read_lessons
 
-        texts, logits, teacher = read_lessons(self._folder / "store", self._task)
+        texts, logits, teacher = read_lessons(self._folder / "store", self._task, held_back=held_back_texts(self._task))
         parent = (self._folder / "runs" / "round-0" / "bundle_id").read_text()
         new = distil_run(
             first,

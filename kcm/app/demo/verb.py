@@ -15,7 +15,7 @@ def demo(
         Path | None, typer.Option("--out", help="Folder for models, store, logs and report.html; default runs/demo/<n>.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Draws the documents and the folds.")] = 0,
-    stream: Annotated[int, typer.Option(min=50, help="Unlabelled documents that the edge learns from.")] = 2000,
+    stream: Annotated[int, typer.Option(min=50, help="Unlabelled documents that the edge learns from.")] = 2200,
     test: Annotated[int, typer.Option(min=20, help="Documents that every row of the table answers.")] = 500,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON on stdout.")] = False,
 ) -> None:

@@ -21,12 +21,13 @@ from tiny_kit import LABELS, sentences
 from edge_runtime import EdgeRuntime
 from export.bundle import GOLDEN, export_bundle
 from export.verify import Report, verify
+from kcm.app.export import export_run
 from kcm.bundle import GraphSpec, load_bundle, write_manifest
 from kcm.errors import BundleError, ConfigError, VerifyError
 from kcm.sample import Sample, Source
 from kcm.task import load_task
 from training.ngrams import NgramModel
-from training.run import Run
+from training.run import Run, save_run
 from training.small import Ngrams
 
 TEXTS = [text for text, _ in sentences(60, seed=77)]
@@ -122,22 +123,36 @@ def test_one_run_gives_one_bundle_id(tiny_run: Run, bundle_dir: Path, tmp_path: 
     assert export_bundle(moved, tmp_path / "moved", golden_texts=tiny_run.texts).bundle_id != first.bundle_id
 
 
-def test_a_bundle_is_never_overwritten_by_accident(tiny_run: Run, copy: Path) -> None:
+def test_a_bundle_is_never_overwritten_by_accident(tiny_run_dir: Path, copy: Path) -> None:
     before = load_bundle(copy).manifest.bundle_id
     with pytest.raises(ConfigError, match="exists") as error:
-        export_bundle(tiny_run, copy, golden_texts=[])
+        export_run(tiny_run_dir, copy, force=False)
     assert "--force" in error.value.fix
     assert load_bundle(copy).manifest.bundle_id == before
-    export_bundle(tiny_run, copy, golden_texts=tiny_run.texts[:3], force=True)
-    assert load_bundle(copy).manifest.bundle_id != before
+    assert export_run(tiny_run_dir, copy, force=True).bundle_id == load_bundle(copy).manifest.bundle_id
     assert [p.name for p in copy.parent.iterdir()] == ["copy"]
 
 
-def test_an_export_that_fails_leaves_the_old_bundle(tiny_run: Run, copy: Path) -> None:
+def test_force_replaces_bundles_and_nothing_else(tiny_run_dir: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.jpg").write_text("precious")
+    for out in (photos, tiny_run_dir, photos / "a.jpg"):
+        with pytest.raises(ConfigError, match=r"not replaced|is a file"):
+            export_run(tiny_run_dir, out, force=True)
+    assert (photos / "a.jpg").read_text() == "precious"
+    assert (tiny_run_dir / "run.json").exists()
+
+
+def test_an_export_that_fails_leaves_the_old_bundle(tiny_run: Run, copy: Path, tmp_path: Path) -> None:
     before = load_bundle(copy).manifest.bundle_id
-    with pytest.raises(AttributeError):
-        export_bundle(replace(tiny_run, small=object()), copy, golden_texts=[], force=True)
+    weight = tiny_run.judge.layers[0].norm.running_var  # type: ignore[union-attr]
+    weight[0] = float("nan")  # type: ignore[index]
+    save_run(tmp_path / "broken", tiny_run)
+    with pytest.raises(VerifyError):
+        export_run(tmp_path / "broken", copy, force=True)
     assert load_bundle(copy).manifest.bundle_id == before
+    assert not [p.name for p in copy.parent.iterdir() if p.name.startswith(".")]
 
 
 def test_the_model_card_says_what_it_is(tiny_run: Run, bundle_dir: Path) -> None:
