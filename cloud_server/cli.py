@@ -40,7 +40,9 @@ def cloud(
     Try it: kcm cloud --task r52 --large ./large --store ./store
     """
     from kcm.config import load
+    from kcm.logs import quiet_grpc
 
+    quiet_grpc()
     flags = {
         "task": task,
         "large": None if large is None else str(large),

@@ -10,7 +10,6 @@ Memory is bounded by one row group: keys are resolved in a SQLite scratch file, 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from cloud_server.parts import FIELDS, PartWriter, part_files, read_keys, remove
 from cloud_server.store import SCHEMA
 from kcm.database import Database
 from kcm.errors import StoreError
+from kcm.lock import exclusive
 
 _CHUNK = 1024  # rows per transaction on an inbox that a server may be writing
 _GROUP = 8192  # rows per Parquet row group, where there are as many
@@ -240,9 +240,16 @@ def _purge(database: Database, cutoff_ms: int) -> int:
 
 
 def _inboxes(root: Path) -> list[Path]:
-    if not root.is_dir():
-        raise StoreError(f"{root} is no teacher store: the folder does not exist", fix="give the folder that `kcm cloud --store` writes")
-    return sorted(root.glob("inbox-*.db"))
+    found = sorted(root.glob("inbox-*.db"))
+    # Parts without an inbox are a store too: rows that were carried here from another machine.
+    if not found and not part_files(root / "parquet"):
+        why = "it holds no inbox and no Parquet part" if root.is_dir() else "the folder does not exist"
+        raise StoreError(f"{root} is no teacher store: {why}", fix="give the folder that `kcm cloud --store` writes")
+    return found
+
+
+def _locked(root: Path) -> contextlib.AbstractContextManager[None]:
+    return exclusive(root / "compact.lock", taken=f"another compaction of {root} runs", fix="wait for it to end, then run this again")
 
 
 def _reader(path: Path) -> apsw.Connection:
@@ -257,14 +264,3 @@ def _scratch_index() -> Iterator[apsw.Connection]:
     with contextlib.closing(apsw.Connection("")) as index:
         index.execute(_INDEX)
         yield index
-
-
-@contextlib.contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """The kernel drops the lock with the process, however it ends."""
-    with (root / "compact.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StoreError(f"another compaction of {root} runs", fix="wait for it to end, then run this again") from None
-        yield

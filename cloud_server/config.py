@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 
 from kcm.errors import ConfigError
-from kcm.rpc import TlsConfig
+from kcm.rpc import SampleBytes, TlsConfig
 from kcm.task import Positive
 
 Seconds = Annotated[float, msgspec.Meta(gt=0.0)]
@@ -19,7 +19,8 @@ class CloudConfig(msgspec.Struct, frozen=True, kw_only=True):
     task: a task.toml, its folder, or a fetched task's name. large: a folder with large.json. store: the teacher store's folder.
     listen: HOST:PORT (port 0: a free one) or unix:PATH. metrics_listen: HOST:PORT of /metrics, "" for none.
     replica: this process's name within the store; each replica has its own inbox.
-    max_queue: samples that wait at most, over all calls. max_samples: in one call. max_sample_bytes: of one payload.
+    max_queue: samples that wait at most, over all calls. max_samples: in one call. max_sample_bytes: of one payload; not below the
+    edges' own, or what they take is refused here.
     threads: of the model. drain_s: how long calls in flight may take after SIGTERM. fill: score hinted rows again without the hint.
     """
 
@@ -32,7 +33,7 @@ class CloudConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_batch: Positive = 32
     max_queue: Positive = 1024
     max_samples: Positive = 256
-    max_sample_bytes: Positive = 256 * 1024
+    max_sample_bytes: SampleBytes = 2**20
     threads: Positive = 1
     drain_s: Seconds = 10.0
     fill: bool = True

@@ -40,7 +40,7 @@ def check(config: CloudConfig) -> Task:
     config.check()
     require_tls_beyond_loopback(config.listen, config.tls)
     if config.tls.enabled:
-        config.tls.read()
+        config.tls.read("[cloud.tls]")
     task = load_task(task_path(config.task))
     large = read_large(Path(config.large))
     if large.task_id != task.id:

@@ -18,6 +18,7 @@ from cloud_server.prompt import hint_arm
 from cloud_server.requests import Asked, check_request, peer_identities, printable
 from cloud_server.store import Row, Stored, TeacherStore, hash_payload
 from kcm.errors import StoreError
+from kcm.logs import Alarm
 from kcm.sample import Float32, HintArm, Purpose, scores_to_proto
 from kcm.task import Task
 from protos.kcm.v1 import cloud_pb2, cloud_pb2_grpc
@@ -45,6 +46,7 @@ class CloudService(cloud_pb2_grpc.CloudServicer):  # type: ignore[misc]  # gener
     ) -> None:
         self._config, self._task, self._model = config, task, model
         self._batcher, self._store, self._metrics = batcher, store, metrics
+        self._alarm = Alarm(_log)
 
     async def Predict(self, request: cloud_pb2.PredictRequest, context: Context) -> cloud_pb2.PredictReply:
         """See cloud.proto. Every answered sample is committed before the reply, or carries stored=false."""
@@ -112,8 +114,13 @@ class CloudService(cloud_pb2_grpc.CloudServicer):  # type: ignore[misc]  # gener
 
     def _check_peer(self, edge_id: str, context: Context) -> None:
         names = peer_identities({str(key): list(values) for key, values in context.auth_context().items()})
-        if names is not None and edge_id not in names:
-            raise _Refused(grpc.StatusCode.PERMISSION_DENIED, f"the certificate does not name edge {printable(edge_id)}")
+        if names is None or edge_id in names:
+            return
+        seen = ", ".join(map(printable, sorted(names)[:4])) or "nobody"
+        details = f"the certificate names {seen}, the call comes as edge {printable(edge_id)}"
+        # Kept apart by certificate, which the authority limits, not by edge_id, which a caller makes up.
+        self._alarm(f"peer {seen}", f"refused: {details}")
+        raise _Refused(grpc.StatusCode.PERMISSION_DENIED, details)
 
     async def _known(self, edge_id: str, asked: Sequence[Asked]) -> dict[str, Stored]:
         """Stored answers of this teacher to these very samples; none where the store can't be read."""

@@ -6,6 +6,7 @@ the row is kept (compact.py clears its payload and, after a retention, the row).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import time
@@ -19,6 +20,7 @@ import numpy as np
 
 from kcm.database import Database
 from kcm.errors import ConfigError
+from kcm.lock import exclusive
 from kcm.sample import Float32, HintArm
 
 if TYPE_CHECKING:
@@ -98,8 +100,18 @@ class TeacherStore:
     """The inbox of one replica. Futures resolve after the commit, or with StoreError: then answer with stored=false."""
 
     def __init__(self, root: Path, replica: str, *, max_bytes: int | None = None) -> None:
-        """Raises ConfigError for a bad replica name, StoreError where the file can't be opened."""
-        self._database = Database(inbox_path(root, replica), SCHEMA, max_bytes=max_bytes)
+        """Raises ConfigError for a bad replica name, StoreError where the file can't be opened or another process serves this replica."""
+        path = inbox_path(root, replica)
+        lock = exclusive(
+            path.with_suffix(".lock"),
+            taken=f"another kcm cloud is replica {replica!r} of {root}",
+            fix="--replica NAME   gives each process its own inbox",
+        )
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(lock)
+            self._database = Database(path, SCHEMA, max_bytes=max_bytes)
+            stack.callback(self._database.close)
+            self._held = stack.pop_all()
 
     def lookup(self, edge_id: str, sample_ids: Sequence[str]) -> Future[dict[str, Stored]]:
         """What is stored of these samples of one edge, by sample id."""
@@ -134,8 +146,8 @@ class TeacherStore:
         return self._database.submit(write)
 
     def close(self) -> None:
-        """Commit what is queued, then close. Idempotent."""
-        self._database.close()
+        """Commit what is queued, close, and let another process have this replica. Idempotent."""
+        self._held.close()
 
 
 def _find(db: apsw.Connection, edge_id: str, sample_id: str) -> Stored | None:

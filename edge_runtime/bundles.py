@@ -52,6 +52,25 @@ class BundleStore:
                 f"{self._state_file} can't be read: {error}", fix="kcm bundle install DIR --store ROOT   writes it anew"
             ) from error
 
+    def existing(self) -> State:
+        """The state of a store that was written before. Raises StoreError where it wasn't, or is damaged."""
+        if not self._state_file.exists():
+            raise StoreError(f"{self.root} is no bundle store: it has no state.json", fix=f"kcm bundle install DIR --store {self.root}")
+        return self.state()
+
+    def problem(self, state: State) -> str:
+        """Why the current bundle can't serve on this device, and what serves instead; empty where it can."""
+        from edge_runtime.runtime import EdgeRuntime
+
+        if not state.current:
+            return "no bundle is installed"
+        try:
+            EdgeRuntime.load(self.folder(state.current))
+        except BundleError as error:
+            instead = f"kcm edge starts with {state.previous}" if state.previous else "kcm edge can't start"
+            return f"the current bundle can't be loaded, {instead}: {error.message}"
+        return ""
+
     def current(self) -> Path:
         """The folder that serves.
 

@@ -38,7 +38,7 @@ def edge(
     cloud: Annotated[str | None, typer.Option(metavar="ADDR", help="Where uncertain samples go. Without: answered DEGRADED.")] = None,
     deadline_ms: Annotated[int | None, typer.Option(help="Longest wait for the cloud, per request.")] = None,
     state: Annotated[str | None, typer.Option(metavar="DIR", help="Spool and identity; one daemon per folder.")] = None,
-    edge_id: Annotated[str | None, typer.Option(help="This device's name at the cloud. Default: made once, kept in --state.")] = None,
+    edge_id: Annotated[str | None, typer.Option(help="This device's name at the cloud. With TLS: its certificate's DNS SAN.")] = None,
     metrics: Annotated[str | None, typer.Option(metavar="ADDR", help="Serve Prometheus /metrics on this loopback address.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check settings and bundle, print what would be served, and stop.")] = False,
     as_json: Json = False,
@@ -54,9 +54,11 @@ def edge(
     """
     import asyncio
 
+    from kcm.logs import configure_logging, quiet_grpc
+
+    quiet_grpc()
     from edge_runtime.config import EdgeConfig, check
     from kcm.config import load
-    from kcm.logs import configure_logging
 
     flags: dict[str, Any] = {
         "bundle": bundle,
@@ -133,12 +135,17 @@ def rollback(
 
 @bundle.command()
 def show(store: Store, as_json: Json = False) -> None:
-    """What serves, what is installed, what is blocked."""
+    """What serves, what is installed, what is blocked.
+
+    The current bundle is loaded as `kcm edge` would: `problem` says why it can't be.
+    """
     import msgspec
 
     from edge_runtime.bundles import BundleStore
 
-    _show(msgspec.to_builtins(BundleStore(store).state()), as_json)
+    root = BundleStore(store)
+    state = root.existing()
+    _show({**msgspec.to_builtins(state), "problem": root.problem(state)}, as_json)
 
 
 @bundle.command("verify-files")

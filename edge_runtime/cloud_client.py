@@ -52,6 +52,7 @@ class Kind(enum.Enum):
     REFUSED = "refused"  # it is full: later
     MISMATCH = "mismatch"  # it serves another task or other labels: an update is due
     INVALID = "invalid"  # it can't ever read this sample
+    DENIED = "denied"  # it doesn't let this edge in: the certificate doesn't name it
     BAD_REPLY = "bad_reply"  # its reply doesn't fit the question
     ERROR = "error"  # anything else
 
@@ -78,8 +79,10 @@ _KINDS = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: Kind.REFUSED,
     grpc.StatusCode.FAILED_PRECONDITION: Kind.MISMATCH,
     grpc.StatusCode.INVALID_ARGUMENT: Kind.INVALID,
+    grpc.StatusCode.PERMISSION_DENIED: Kind.DENIED,
+    grpc.StatusCode.UNAUTHENTICATED: Kind.DENIED,
 }
-_DOWN = {Kind.UNAVAILABLE, Kind.LATE, Kind.BAD_REPLY, Kind.ERROR}
+_DOWN = {Kind.UNAVAILABLE, Kind.LATE, Kind.BAD_REPLY, Kind.DENIED, Kind.ERROR}
 
 
 class CloudClient:
@@ -92,6 +95,7 @@ class CloudClient:
         self._stub = cloud_pb2_grpc.CloudStub(self._channel)
         self.breaker = Breaker(failures=config.breaker_failures, base_s=config.breaker_base_ms / 1000, max_s=config.breaker_max_ms / 1000)
         self._alarm = Alarm(log)
+        self._denied = ""  # why the last call was not let in; empty where it was, or where the cloud could not be reached
         self.failures: Counter[Kind] = Counter()  # of calls
         self.live = 0  # live calls in flight
         self.last_live = 0.0  # monotonic, when one began
@@ -144,6 +148,8 @@ class CloudClient:
         await self._channel.close()
 
     def _paused(self) -> Failure:
+        if self._denied:
+            return Failure(kind=Kind.PAUSED, reason=self._denied)
         held = self.breaker.state is State.CLOSED
         return Failure(kind=Kind.PAUSED, reason="the cloud asked for a pause" if held else "cloud unreachable, next try soon")
 
@@ -152,7 +158,8 @@ class CloudClient:
         self.breaker.leave(ticket, verdict)
         after = self.breaker.state is State.CLOSED
         if before and not after:
-            log.warning("the cloud is unreachable: answers are degraded until it is back")
+            why = "does not let this edge in" if self._denied else "is unreachable"
+            log.warning("the cloud %s: answers are degraded until that changes", why)
         elif after and not before:
             log.info("the cloud is back")
 
@@ -162,16 +169,23 @@ class CloudClient:
     async def _call(self, request: cloud_pb2.PredictRequest, timeout_s: float) -> cloud_pb2.PredictReply | Failure:
         try:
             reply: cloud_pb2.PredictReply = await self._stub.Predict(request, timeout=timeout_s)
+            self._denied = ""
             return reply
         except grpc.aio.AioRpcError as error:
             failure = _failure(error)
         self.failures[failure.kind] += 1
+        self._denied = failure.reason if failure.kind is Kind.DENIED else ""
         if failure.retry_after_s > 0:
             self.breaker.hold(failure.retry_after_s)
         if failure.kind is Kind.MISMATCH:
             self._alarm("mismatch", f"the cloud serves another task or label space than this bundle: {failure.reason}")
         elif failure.kind is Kind.INVALID:
             self._alarm("invalid", f"the cloud refuses {len(request.samples)} sample(s) for good: {failure.reason}")
+        elif failure.kind is Kind.DENIED:
+            certificate = self._config.tls.certificate or "(no TLS here)"
+            self._alarm(
+                "denied", f"{failure.reason}; edge_id {self._edge_id!r} must be a DNS name (SAN) of this edge's certificate {certificate}"
+            )
         return failure
 
     def _read(
@@ -224,6 +238,8 @@ def _failure(error: grpc.aio.AioRpcError) -> Failure:
         return Failure(kind=kind, reason="the cloud did not answer in time")
     if kind is Kind.UNAVAILABLE:
         return Failure(kind=kind, reason=f"cloud unreachable: {details}")
+    if kind is Kind.DENIED:
+        return Failure(kind=kind, reason=f"the cloud does not let this edge in: {details}")
     wish = 0.0
     for key, value in error.trailing_metadata() or ():
         if key == "grpc-retry-pushback-ms" and str(value).isdigit():

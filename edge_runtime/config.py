@@ -10,7 +10,7 @@ import msgspec
 
 from kcm.bundle import Precision
 from kcm.errors import ConfigError
-from kcm.rpc import TlsConfig, is_local, require_tls_beyond_loopback
+from kcm.rpc import SampleBytes, TlsConfig, is_local, require_tls_beyond_loopback
 
 Positive = Annotated[int, msgspec.Meta(gt=0)]
 
@@ -44,10 +44,10 @@ class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True):
     bundle: str = ""  # one fixed bundle folder
     precision: Precision = "fp32"
     state_dir: str = ""  # spool and identity; default $XDG_STATE_HOME/kcm/edge
-    edge_id: str = ""  # default: made once, kept in state_dir
+    edge_id: str = ""  # default: made once, kept in state_dir; with cloud.tls: the DNS name (SAN) of its certificate
     metrics_listen: str = ""  # HTTP on loopback; empty: none
     max_samples: Positive = 1024  # per Infer call
-    max_sample_bytes: Positive = 2**20
+    max_sample_bytes: SampleBytes = 2**20  # of one payload; not above the cloud's own
     drain_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0  # how long SIGTERM waits for calls in flight
     cloud: CloudConfig = CloudConfig()
     spool: SpoolConfig = SpoolConfig()
@@ -64,7 +64,7 @@ def check(config: EdgeConfig) -> None:
     """What types can't say.
 
     Raises:
-        ConfigError: no bundle or two, or an address beyond loopback without TLS.
+        ConfigError: no bundle or two, an address beyond loopback without TLS, TLS files that don't fit, or a certificate and no edge_id.
     """
     if bool(config.store) == bool(config.bundle):
         which = "both are set" if config.store else "neither is set"
@@ -74,5 +74,14 @@ def check(config: EdgeConfig) -> None:
     if target and not tls.enabled and not is_local(target):
         fix = "set certificate, key and ca under [edge.cloud.tls], or call 127.0.0.1 or unix:"
         raise ConfigError(f"[edge.cloud] refusing to call {target} without TLS", fix=fix)
+    for name, files in (("[edge.tls]", config.tls), ("[edge.cloud.tls]", tls)):
+        if files.enabled:
+            files.read(name)
+    if tls.enabled and not config.edge_id:
+        # The cloud takes a call only under a name that the certificate holds; a name made here would never be in it.
+        raise ConfigError(
+            f"[edge] edge_id is not set, and [edge.cloud.tls] shows the cloud certificate {tls.certificate}",
+            fix="set edge_id to the certificate's DNS name (SAN); openssl x509 -noout -ext subjectAltName -in CERTIFICATE   shows it",
+        )
     if config.metrics_listen and (config.metrics_listen.startswith("unix:") or not is_local(config.metrics_listen)):
         raise ConfigError(f"[edge] metrics_listen must be loopback, not {config.metrics_listen}", fix="metrics_listen = '127.0.0.1:9464'")

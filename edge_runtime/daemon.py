@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
-import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -21,6 +19,7 @@ from edge_runtime.spool import Spool
 from edge_runtime.stats import Stats
 from edge_runtime.updater import Updater
 from kcm.errors import StoreError
+from kcm.lock import exclusive
 from kcm.rpc import Server, metrics_endpoint, start_server, until_signal
 from kcm.sample import new_sample_id
 from protos.kcm.v1 import edge_pb2_grpc
@@ -109,19 +108,8 @@ def _identity(config: EdgeConfig) -> Iterator[str]:
         StoreError: the folder can't be written, or another daemon uses it.
     """
     folder: Path = config.state_path
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StoreError(f"{folder} can't be written: {error.strerror}", fix="set state_dir to a folder of the daemon's user") from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StoreError(f"another kcm edge uses {folder}", fix="give each daemon its own --state") from None
+    with exclusive(folder / ".lock", taken=f"another kcm edge uses {folder}", fix="give each daemon its own --state"):
         yield config.edge_id or _own_id(folder / "edge_id")
-    finally:
-        os.close(descriptor)
 
 
 def _own_id(path: Path) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 
 from edge_runtime.cloud_client import CloudClient, Failure, Kind, Prediction
 from edge_runtime.config import EdgeConfig
-from edge_runtime.runtime import NO_CLOUD, Decision, EdgeRuntime, check_ids, degraded
+from edge_runtime.runtime import NO_CLOUD, Decision, EdgeRuntime, check_samples, degraded
 from edge_runtime.spool import Spool, Waiting
 from edge_runtime.stats import Stats
 from kcm.errors import StoreError
@@ -49,9 +49,10 @@ class Router:
 
         Raises:
             InvalidSample: another modality, or a sample_id twice; the message names the sample's index.
+            TypeError: no sequence of Sample.
         """
         started = time.perf_counter()
-        check_ids(samples)
+        check_samples(samples)
         runtime = self.runtime  # one bundle for the whole request
         decisions: list[Decision] = []
         for start in range(0, len(samples), _TURN):

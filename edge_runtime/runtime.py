@@ -95,8 +95,9 @@ class EdgeRuntime:
 
         Raises:
             InvalidSample: another modality, or a sample_id twice; the message names the sample's index.
+            TypeError: no sequence of Sample.
         """
-        check_ids(samples)
+        check_samples(samples)
         return [d.answer if d.local else degraded(d.answer, NO_CLOUD) for d in self.decide(samples)]
 
     def decide(self, samples: Sequence[Sample], first: int = 0) -> list[Decision]:
@@ -154,10 +155,24 @@ def degraded(answer: Answer, reason: str) -> Answer:
     return msgspec.structs.replace(answer, source=Source.DEGRADED, reason=reason)
 
 
-def check_ids(samples: Sequence[Sample]) -> None:
-    """Raises InvalidSample where one sample_id appears twice: the answer to which would be which?"""
+def check_samples(samples: Sequence[Sample]) -> None:
+    """What an application in the same process may get wrong.
+
+    Raises:
+        TypeError: `samples` is one sample or bare texts.
+        InvalidSample: a payload is neither text nor bytes, or a sample_id appears twice: the answer to which would be which?
+    """
+    given: object = samples
+    if isinstance(given, (str, bytes, Sample)):
+        raise TypeError(f"infer takes a sequence of Sample, not one {type(given).__name__}: infer([Sample(payload=...)])")
     seen: dict[str, int] = {}
     for index, sample in enumerate(samples):
+        item: object = sample
+        if not isinstance(item, Sample):
+            raise TypeError(f"sample {index} is of type {type(item).__name__}: wrap it, infer([Sample(payload=...)])")
+        payload: object = item.payload
+        if not isinstance(payload, (str, bytes)):
+            raise InvalidSample(f"sample {index}: its payload is of type {type(payload).__name__}: give str or bytes (an image file)")
         if sample.sample_id and (first := seen.setdefault(sample.sample_id, index)) != index:
             raise InvalidSample(f"sample {index} has the sample_id of sample {first}: {sample.sample_id!r}")
 

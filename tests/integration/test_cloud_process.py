@@ -73,6 +73,17 @@ def test_a_taken_address_ends_with_exit_code_8(tmp_path: Path) -> None:
     assert done.returncode == 8 and json.loads(done.stdout)["fix"] == "choose another --listen"
 
 
+def test_two_processes_never_share_an_inbox(tmp_path: Path) -> None:
+    task, large = cloud_kit.write_task(tmp_path / "task"), cloud_kit.write_large(tmp_path / "large", "encoder", "weights")
+    with cloud_kit.cloud_process(task, large, tmp_path / "store", code=cloud_kit.by_rule()):
+        code = cloud_kit.by_rule() + "from kcm.app.cli import main; main()"
+        flags = ["--task", str(task), "--large", str(large), "--store", str(tmp_path / "store"), "--listen", "127.0.0.1:0", "--json"]
+        done = subprocess.run([sys.executable, "-c", code, "cloud", *flags], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 9 and json.loads(done.stdout)["fix"].startswith("--replica NAME")
+        with cloud_kit.cloud_process(task, large, tmp_path / "store", "--replica", "b", code=cloud_kit.by_rule()):
+            assert {inbox.name for inbox in read_stats(tmp_path / "store").inboxes} == {"inbox-0", "inbox-b"}
+
+
 @pytest.mark.slow
 def test_mutual_tls_ties_the_edge_id_to_the_certificate(parts: tuple[Path, Path], tmp_path: Path) -> None:
     ca, rogue = trustme.CA(), trustme.CA()

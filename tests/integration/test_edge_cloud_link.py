@@ -145,7 +145,7 @@ def test_mutual_tls_on_both_sides(tiny_bundle: Path, tmp_path: Path) -> None:
     with cloud.run() as server:
         config = tmp_path / "edge.toml"
         files = "\n".join(f"{name} = '{device / name}.pem'" for name in ("certificate", "key", "ca"))
-        config.write_text(f"[edge]\nlisten = 'localhost:0'\n[edge.tls]\n{files}\n[edge.cloud.tls]\n{files}\n")
+        config.write_text(f"[edge]\nlisten = 'localhost:0'\nedge_id = 'localhost'\n[edge.tls]\n{files}\n[edge.cloud.tls]\n{files}\n")
         with running_edge(tiny_bundle, tmp_path, "--config", str(config), "--cloud", server.address, "--listen", "localhost:0") as edge:
             ca, key, certificate = ((device / f"{name}.pem").read_bytes() for name in ("ca", "key", "certificate"))
             with grpc.secure_channel(edge.address, grpc.ssl_channel_credentials(ca, key, certificate)) as channel:

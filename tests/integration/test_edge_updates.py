@@ -91,7 +91,42 @@ def test_bundle_verbs(tmp_path: Path) -> None:
     first, second = (json.loads(run("install", str(folder), *store).stdout)["current"] for folder in folders)
     assert json.loads(run("rollback", *store, "--reason", "too slow").stdout) == {"current": first, "blocked": second}
     shown = json.loads(run("show", *store).stdout)
-    assert shown["current"] == first and shown["blocked"] == {second: "too slow"}
+    assert shown["current"] == first and shown["blocked"] == {second: "too slow"} and shown["problem"] == ""
     assert json.loads(run("verify-files", str(folders[0]), "--json").stdout)["bundle_id"] == first
     (folders[0] / "golden.npz").write_bytes(b"")
     assert "golden.npz" in run("verify-files", str(folders[0])).stderr
+
+
+KCM = [sys.executable, "-c", "from kcm.app.cli import main; main()"]
+
+
+def show(root: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*KCM, "bundle", "show", "--store", str(root), "--json"], capture_output=True, text=True, timeout=60)
+
+
+def test_show_of_a_folder_that_is_no_store_is_an_error(tmp_path: Path) -> None:
+    for root in (tmp_path / "nowhere", tmp_path):
+        done = show(root)
+        assert done.returncode == 9
+        said = json.loads(done.stdout)
+        assert "is no bundle store" in said["message"] and said["fix"] == f"kcm bundle install DIR --store {root}"
+        assert not (tmp_path / "nowhere").exists()
+
+
+def test_show_says_when_the_current_bundle_cannot_serve(tmp_path: Path) -> None:
+    store = BundleStore(tmp_path / "store")
+    bad = edge_kit.make_bundle(tmp_path / "bad", seed=9, golden_shift=1.0)
+    with pytest.raises(Exception, match="golden input 0"):
+        store.install(bad)
+    said = json.loads(show(store.root).stdout)
+    assert said["problem"] == "no bundle is installed" and said["last_refusal"].startswith("bad: ")
+    first = store.install(edge_kit.make_bundle(tmp_path / "b0", seed=0)).current
+    (store.current() / "golden.npz").write_bytes(b"rotten")
+    assert "the current bundle can't be loaded, kcm edge can't start: " in json.loads(show(store.root).stdout)["problem"]
+    second = store.install(edge_kit.make_bundle(tmp_path / "b1", seed=1)).current
+    with pytest.raises(Exception, match="golden input 0"):
+        store.install(bad)
+    (store.current() / "golden.npz").write_bytes(b"rotten")
+    said = json.loads(show(store.root).stdout)
+    assert (said["current"], said["previous"]) == (second, first) and said["last_refusal"].startswith("bad: ")
+    assert f"the current bundle can't be loaded, kcm edge starts with {first}: " in said["problem"] and "golden.npz" in said["problem"]

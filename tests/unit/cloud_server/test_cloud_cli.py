@@ -10,6 +10,8 @@ from pathlib import Path
 import cloud_kit
 import msgspec
 import pytest
+import tls_kit
+import trustme
 
 from cloud_server.config import CloudConfig
 from cloud_server.requests import peer_identities
@@ -91,7 +93,28 @@ def test_store_verbs(tmp_path: Path) -> None:
     stats = json.loads(kcm("store", "stats", str(tmp_path / "store"), "--json").stdout)
     assert stats["compacted"] == 2 and stats["inboxes"] == [{"name": "inbox-0", "waiting": 0, "unfilled": 0, "compacted": 2}]
     missing = kcm("store", "stats", str(tmp_path / "nowhere"), "--json")
-    assert missing.returncode == 9 and json.loads(missing.stdout)["error"] == "StoreError"
+    assert missing.returncode == 9 and "the folder does not exist" in json.loads(missing.stdout)["message"]
+    (tmp_path / "empty").mkdir()
+    for verb in ("stats", "compact"):
+        empty = kcm("store", verb, str(tmp_path / "empty"), "--json")
+        assert empty.returncode == 9 and "it holds no inbox and no Parquet part" in json.loads(empty.stdout)["message"]
+
+
+def test_a_key_that_is_not_the_certificates_is_named_by_the_dry_run(tmp_path: Path, settings: list[str]) -> None:
+    good, other = (tls_kit.issue(trustme.CA(), tmp_path / name, "localhost") for name in "ab")
+    config = tmp_path / "kcm.toml"
+    config.write_text(tls_kit.table("cloud.tls", msgspec.structs.replace(good, key=other.key)))
+    done = kcm("cloud", *settings, "--config", str(config), "--dry-run", "--json")
+    assert done.returncode == 3
+    assert json.loads(done.stdout)["message"] == f"[cloud.tls] key {other.key} does not belong to certificate {good.certificate}"
+    config.write_text(tls_kit.table("cloud.tls", good))
+    assert kcm("cloud", *settings, "--config", str(config), "--dry-run").returncode == 0
+
+
+def test_the_cloud_takes_what_an_edge_takes_by_default() -> None:
+    from edge_runtime.config import EdgeConfig
+
+    assert CloudConfig().max_sample_bytes >= EdgeConfig().max_sample_bytes
 
 
 def test_identities_come_from_the_alternative_names_first() -> None:

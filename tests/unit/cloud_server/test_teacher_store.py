@@ -56,6 +56,16 @@ def test_rows_survive_a_reopen(tmp_path: Path) -> None:
         again.commit([row("s2")]).result()
 
 
+def test_a_replica_is_one_process_at_a_time(tmp_path: Path) -> None:
+    first = TeacherStore(tmp_path, "0")
+    with pytest.raises(StoreError, match="another kcm cloud is replica '0'") as caught:
+        TeacherStore(tmp_path, "0")
+    assert "--replica NAME" in caught.value.fix
+    TeacherStore(tmp_path, "1").close()
+    first.close()
+    TeacherStore(tmp_path, "0").close()
+
+
 def test_a_full_store_says_so_keeps_what_it_has_and_still_reads(tmp_path: Path) -> None:
     store = TeacherStore(tmp_path, "0", max_bytes=300_000)
     kept: list[str] = []

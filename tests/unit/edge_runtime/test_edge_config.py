@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
+import tls_kit
+import trustme
 
-from edge_runtime.config import EdgeConfig, check
+from edge_runtime.config import CloudConfig, EdgeConfig, check
 from kcm.config import load
 from kcm.errors import ConfigError
 
@@ -53,10 +56,34 @@ def test_beyond_loopback_needs_tls(address: str) -> None:
 
 
 def test_a_remote_cloud_needs_tls() -> None:
-    from edge_runtime.config import CloudConfig
-
     with pytest.raises(ConfigError, match=r"\[edge.cloud\] refusing to call cloud.example.org:443 without TLS"):
         check(EdgeConfig(bundle="b", cloud=CloudConfig(target="cloud.example.org:443")))
+
+
+def test_an_edge_with_a_certificate_is_told_to_say_its_name(tmp_path: Path) -> None:
+    tls = tls_kit.issue(trustme.CA(), tmp_path, "edge-1")
+    cloud = CloudConfig(target="cloud.example.org:443", tls=tls)
+    with pytest.raises(ConfigError, match="edge_id is not set") as caught:
+        check(EdgeConfig(bundle="b", cloud=cloud))
+    assert "set edge_id to the certificate's DNS name (SAN)" in caught.value.fix
+    check(EdgeConfig(bundle="b", cloud=cloud, edge_id="edge-1"))
+
+
+@pytest.mark.parametrize("place", ["tls", "cloud"])
+def test_tls_files_are_checked_before_anything_starts(tmp_path: Path, place: str) -> None:
+    good, other = (tls_kit.issue(trustme.CA(), tmp_path / name, "edge-1") for name in "ab")
+    tls = msgspec.structs.replace(good, key=other.key)
+    config = EdgeConfig(bundle="b", edge_id="edge-1", **{place: CloudConfig(target="127.0.0.1:1", tls=tls) if place == "cloud" else tls})
+    with pytest.raises(ConfigError, match="does not belong to certificate") as caught:
+        check(config)
+    assert ("[edge.cloud.tls]" if place == "cloud" else "[edge.tls]") in caught.value.message
+
+
+def test_a_payload_must_fit_into_a_message(tmp_path: Path) -> None:
+    assert EdgeConfig().max_sample_bytes == 2**20
+    assert read(f"[edge]\nmax_sample_bytes = {2**23}\n", tmp_path).max_sample_bytes == 2**23
+    with pytest.raises(ConfigError, match="max_sample_bytes"):
+        read(f"[edge]\nmax_sample_bytes = {2**23 + 1}\n", tmp_path)
 
 
 def test_metrics_stay_on_loopback() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import edge_kit
 import msgspec
@@ -14,7 +15,7 @@ import pytest
 import kcm.bundle
 from edge_runtime import EdgeRuntime
 from edge_runtime.engine import OrtEngine, Outputs
-from edge_runtime.runtime import NO_CLOUD
+from edge_runtime.runtime import NO_CLOUD, InvalidSample
 from kcm.bundle import GraphSpec
 from kcm.errors import BundleError
 from kcm.preprocess import Inputs
@@ -40,6 +41,21 @@ def test_easy_samples_stay_and_hard_ones_are_degraded_without_a_cloud(runtime: E
     assert [a.sample_id for a in answers] == [*edge_kit.EASY, *edge_kit.HARD]
     assert all(a.model_id == runtime.bundle_id and len(a.candidates) == edge_kit.CANDIDATES for a in answers)
     assert all(a.candidates[0][0] == a.label_id for a in answers)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ("bare text", TypeError, "infer takes a sequence of Sample, not one str"),
+        (Sample(payload="x"), TypeError, "infer takes a sequence of Sample, not one Sample"),
+        ([Sample(payload="x"), "bare text"], TypeError, r"sample 1 is of type str: wrap it, infer\(\[Sample\(payload=...\)\]\)"),
+        ([Sample(payload=3)], InvalidSample, "sample 0: its payload is of type int: give str or bytes"),
+        ([Sample(payload=None)], InvalidSample, "sample 0: its payload is of type NoneType"),
+    ],
+)
+def test_what_is_no_sample_is_told_how_to_be_one(runtime: EdgeRuntime, given: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        runtime.infer(given)
 
 
 def test_a_confidence_of_exactly_epsilon_escalates(tmp_path: Path, runtime: EdgeRuntime) -> None:

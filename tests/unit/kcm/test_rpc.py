@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import msgspec
 import prometheus_client
 import pytest
+import tls_kit
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -61,13 +63,38 @@ def test_ipv6_brackets_are_taken_off() -> None:
 
 
 def test_half_of_mtls_is_refused(tmp_path: Path) -> None:
-    here = tmp_path / "here.pem"
-    here.write_bytes(b"pem")
+    good = tls_kit.issue(trustme.CA(), tmp_path, "localhost")
     with pytest.raises(ConfigError, match="ca is missing"):
-        TlsConfig(certificate=str(here), key=str(here)).read()
+        TlsConfig(certificate=good.certificate, key=good.key).read()
     with pytest.raises(ConfigError, match="can't be read"):
-        TlsConfig(certificate=str(here), key=str(here), ca=str(tmp_path / "none.pem")).read()
-    assert TlsConfig(certificate=str(here), key=str(here), ca=str(here)).read() == (b"pem",) * 3
+        msgspec.structs.replace(good, ca=str(tmp_path / "none.pem")).read()
+    assert good.read() == tuple(Path(name).read_bytes() for name in (good.certificate, good.key, good.ca))
+
+
+@pytest.mark.parametrize(
+    ("field", "content", "message"),
+    [
+        ("key", "other", r"\[edge.tls\] key .*bad.pem does not belong to certificate .*certificate.pem"),
+        ("key", "junk", r"key .*bad.pem holds no PEM private key"),
+        ("key", "encrypted", r"key .*bad.pem holds no PEM private key without a password"),
+        ("certificate", "junk", r"\[edge.tls\] certificate .*bad.pem holds no readable PEM certificate"),
+        ("certificate", "cut", r"certificate .*bad.pem holds no readable PEM certificate"),
+        ("certificate", "other", r"key .*key.pem does not belong to certificate .*bad.pem"),
+        ("ca", "junk", r"\[edge.tls\] ca .*bad.pem holds no readable PEM certificate: no certificate or crl found"),
+    ],
+)
+def test_tls_files_that_do_not_fit_name_the_file_and_the_reason(tmp_path: Path, field: str, content: str, message: str) -> None:
+    authority = trustme.CA()
+    good, other = tls_kit.issue(authority, tmp_path / "good", "edge-1"), tls_kit.issue(authority, tmp_path / "other", "edge-1")
+    bad = tmp_path / "bad.pem"
+    if content == "encrypted":
+        command = ["openssl", "pkey", "-in", good.key, "-aes256", "-passout", "pass:secret", "-out", str(bad)]
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+    else:
+        whole = Path(getattr(other, field)).read_bytes()
+        bad.write_bytes({"other": whole, "junk": b"junk", "cut": whole[:200]}[content])
+    with pytest.raises(ConfigError, match=message):
+        msgspec.structs.replace(good, **{field: str(bad)}).read("[edge.tls]")
 
 
 def nothing(_: grpc.aio.Server) -> None:

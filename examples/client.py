@@ -1,0 +1,71 @@
+"""A small client of `kcm edge`: sends texts, prints who answered what.
+
+    python examples/client.py "the price of oil rose" "profit fell"
+    cat texts.txt | python examples/client.py --address 127.0.0.1:50051
+
+One line per text, tab-separated: label, source (LOCAL, CLOUD, DEGRADED), confidence of the small model, text.
+Needs grpcio and the stubs in protos/, which kcm installs; any language can do the same from protos/kcm/v1/edge.proto.
+"""
+
+# ruff: noqa: T201
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+
+import grpc
+
+from protos.kcm.v1 import edge_pb2, edge_pb2_grpc, sample_pb2
+
+BATCH = 64  # samples per call: one run of the model each, and far below gRPC's limit of 16 MiB
+Source = edge_pb2.InferAnswer.Source
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Ask a running `kcm edge`.")
+    parser.add_argument("texts", nargs="*", help="What to ask; without any: one text per line of stdin.")
+    parser.add_argument("--address", default="127.0.0.1:50051", help="HOST:PORT or unix:/path, as `kcm edge` says in `ready on ...`.")
+    # The deadline is yours. The edge keeps it: what the cloud can't answer in time comes back DEGRADED, not as an error.
+    parser.add_argument("--seconds", type=float, default=5.0, help="Deadline of each call.")
+    arguments = parser.parse_args()
+    texts = arguments.texts or (line.rstrip("\n") for line in sys.stdin)
+
+    # One channel for the life of the program: it reconnects by itself. An edge with [edge.tls] wants
+    # grpc.secure_channel(address, grpc.ssl_channel_credentials(ca, key, certificate)) here.
+    with grpc.insecure_channel(arguments.address) as channel:
+        edge = edge_pb2_grpc.EdgeStub(channel)
+        try:
+            for batch in batches(texts):
+                # No sample_id: the edge makes one. Set your own where you want to find the sample in the teacher store again.
+                samples = [edge_pb2.InferSample(payload=sample_pb2.Payload(text=text)) for text in batch]
+                reply = edge.Infer(edge_pb2.InferRequest(samples=samples), timeout=arguments.seconds)
+                for text, answer in zip(batch, reply.answers, strict=True):  # as many as asked, in order
+                    show(text, answer)
+        except grpc.RpcError as error:
+            # UNAVAILABLE: no edge at this address. INVALID_ARGUMENT: the details name the sample that can't be read.
+            print(f"{error.code().name}: {error.details()}", file=sys.stderr)
+            return 1
+    return 0
+
+
+def show(text: str, answer: edge_pb2.InferAnswer) -> None:
+    source = Source.Name(answer.source).removeprefix("SOURCE_")
+    # `confidence` is C_x, the small model's own, also where the cloud answered; `reason` says why an answer is DEGRADED.
+    why = f"\t({answer.reason})" if answer.reason else ""
+    print(f"{answer.label}\t{source}\t{answer.confidence:.3f}\t{text[:60]}{why}", flush=True)
+
+
+def batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for text in texts:
+        batch.append(text)
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+if __name__ == "__main__":
+    sys.exit(main())
