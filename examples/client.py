@@ -7,7 +7,6 @@ One line per text, tab-separated: label, source (LOCAL, CLOUD, DEGRADED), confid
 Needs grpcio and the stubs in protos/, which kcm installs; any language can do the same from protos/kcm/v1/edge.proto.
 """
 
-# ruff: noqa: T201
 from __future__ import annotations
 
 import argparse
