@@ -33,7 +33,8 @@ def test_the_demo_learns_swaps_and_reports(tiny_task: Path, tmp_path: Path) -> N
         assert 0 < result[row]["p50_ms"] <= result[row]["p99_ms"]
     assert (result["small"]["cloud_calls"], result["large"]["cloud_calls"]) == (0, 120)
     learnt = result["learnt_from"]
-    assert learnt["rows_distilled"] == learnt["answered_by_cloud"] > 0
+    # A tenth is never distilled, but for chance all the rest is.
+    assert 0.75 * learnt["answered_by_cloud"] < learnt["rows_distilled"] < learnt["answered_by_cloud"]
     assert result["after"]["cloud_calls"] <= result["before"]["cloud_calls"]
 
     page = (out / "report.html").read_text()

@@ -17,6 +17,7 @@ from tiny_kit import LABELS, SIZES, sentences, without_vectors, write_tiny_files
 from cloud_server.compact import read_stats
 from edge_runtime import EdgeRuntime
 from kcm.sample import Sample, Source
+from training.reserve import reserved
 
 KCM = str(Path(sys.executable).with_name("kcm"))
 TEXTS = [text for text, _ in sentences(40, seed=99)]
@@ -111,7 +112,8 @@ def distilled(made: Path, tmp_path: Path, code: str, large: Path) -> dict[str, A
     assert written == sources.count(Source.CLOUD)
     assert 0.15 * len(sources) < written < 0.45 * len(sources), "ε was calibrated for 30 % calls on this very stream"
     out = kcm("distill", made / "runs" / "train" / "1", "--store", "store", "--out", "run2", "--bundle", "bundle2", "--json", cwd=tmp_path)
-    return {"rows": written, **json.loads(out)}
+    asked = [text for text, source in zip(stream_texts(made), sources, strict=True) if source == Source.CLOUD]
+    return {"learnable": sum(not reserved(text) for text in asked), **json.loads(out)}
 
 
 # A large model that knows the truth: the label is the one whose sentence it is.
@@ -133,15 +135,15 @@ def test_what_the_cloud_answers_makes_the_next_bundle_better(made: Path, tmp_pat
     )
     before, after = result["before"]["test"], result["after"]["test"]
     assert after["accuracy"] > before["accuracy"] + 0.02
-    assert result["after"]["teacher_rows"] == result["rows"]
+    assert 0 < result["after"]["teacher_rows"] == result["learnable"]
     manifest = json.loads((tmp_path / "bundle2" / "manifest.json").read_text())
     assert (manifest["round"], manifest["parent"]) == (1, (made / "runs" / "train" / "1" / "bundle_id").read_text())
     assert manifest["teacher_id"] == "rule"
     calibration = json.loads((tmp_path / "bundle2" / "calibration.json").read_text())["fp32"]
     assert (calibration["method"], calibration["target"]) == ("cloud-rate", 0.3)
-    # As `kcm calibrate` does it: on what the stream still holds, and not on the hard samples that were escalated.
-    assert calibration["samples"] == SIZES["stream"] - result["rows"]
-    assert calibration["cloud_rate"] == pytest.approx(0.3, abs=0.01)
+    # As `kcm calibrate` does it after a round: on the tenth that is never distilled.
+    assert calibration["samples"] == sum(map(reserved, stream_texts(made)))
+    assert calibration["cloud_rate"] == pytest.approx(0.3, abs=0.03)
     kcm("verify", tmp_path / "bundle2", "--run", tmp_path / "run2", cwd=tmp_path)
 
 
