@@ -108,7 +108,7 @@ class PromptSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CostSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Money per call, in one unit."""
+    """Money per sample that the small model reads, and per call of the large one, in one unit."""
 
     cloud_call: Annotated[float, msgspec.Meta(ge=0.0)] = 1.0
     local_call: Annotated[float, msgspec.Meta(ge=0.0)] = 0.0

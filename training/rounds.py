@@ -15,13 +15,13 @@ from training.data import Split
 from training.distil import gauged, round_examples
 from training.fit import fit, one_hot
 from training.judge import Predictions
+from training.reserve import SHARE as RESERVED
 from training.small import Examples, Small
 
 Float32 = NDArray[np.float32]
 Index = NDArray[np.int64]
 Teacher = Callable[[list[str]], Float32]  # texts → logits [N, C], without a hint
 
-RESERVED = 0.1  # share of the stream that is never distilled: fresh traffic on which call rates are calibrated
 EXPLORED = 0.02  # share of a round's samples that is asked about at random, so that labels aren't hard ones alone
 
 

@@ -55,9 +55,9 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Run:
-    """`texts` [N] with `targets` [N, C], `weights` [N] and `labelled` [N] are what it was fitted on: the next round replays them.
+    """`texts` [N] with `targets` [N, C], `weights` [N] and `labelled` [N] are what it was fitted on, the labelled ones first.
 
-    `stream` tells which texts came from the stream: call rates are calibrated on their out-of-fold confidences.
+    The next round reads its labels from the task and its answers from the store; of these it needs the out-of-fold predictions.
     """
 
     info: RunInfo

@@ -93,7 +93,7 @@ def _measure(
     }
     curves = {name: curve(score(reserve), score(predictions), small_right, large_right) for name, score in scores.items()}
     at = route(fitted.judge.confidence(predictions), small_right, large_right, setting.task.judge.epsilon)
-    twin = fitted.twin.spec.kind
+    twin, cost = fitted.twin.spec.kind, setting.task.cost
     points = {
         str(rate): {
             "accuracy": curves["kcm"][rate].accuracy,
@@ -102,6 +102,8 @@ def _measure(
             "max_softmax_realised_rate": curves["max_softmax"][rate].cloud_rate,
             f"{twin}_accuracy": curves["twin"][rate].accuracy,
             f"{twin}_realised_rate": curves["twin"][rate].cloud_rate,
+            # The small model runs for every sample; the task's own prices.
+            "cost_per_1000": 1000 * (cost.local_call + curves["kcm"][rate].cloud_rate * cost.cloud_call),
         }
         for rate in RATES
     }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -67,9 +68,14 @@ def subset(kind: Small, examples: Examples, index: Index) -> Examples:
 class Ngrams:
     """Hashed n-grams and static word vectors into a linear layer (training/ngrams.py)."""
 
-    def __init__(self, task: Task, vectors: WordVectors | None) -> None:
+    def __init__(self, task: Task, vectors: Callable[[], WordVectors] | None) -> None:
+        """`vectors` is asked once, at the first fit."""
         self.preprocessor = NgramPreprocessor(task.preprocess)
-        self._vectors = vectors
+        self._make_vectors = vectors
+
+    @cached_property
+    def _vectors(self) -> WordVectors | None:
+        return self._make_vectors() if self._make_vectors else None
 
     def featurise(self, texts: Sequence[str]) -> sparse.csr_matrix:
         return encode(texts, self.preprocessor)

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kcm.bundle import Manifest
-    from training.data import Split
     from training.run import Run, Threshold
     from training.small import Small
 
@@ -41,13 +40,13 @@ def calibrate(
 ) -> None:
     """Choose ε for a budget of cloud calls, for an accuracy, or by hand; print what it costs, and the curve.
 
-    A rate is read off samples that the small model hasn't seen: the task's stream less what was distilled, else the
-    run's out-of-fold predictions. An accuracy needs labels that were kept back (calibration under [data]) and the large
-    model's answers to them; it is an estimate without a guarantee.
+    A rate is read off samples that the small model hasn't seen: the task's stream, after a distillation round the tenth of it
+    that is never distilled; without a stream the run's out-of-fold predictions. An accuracy needs labels that were kept back
+    (calibration under [data]) and the large model's answers to them; it is an estimate without a guarantee.
 
     Try it: kcm calibrate runs/train/1 --cloud-rate 0.3
     """
-    from kcm.app.models import load_small_kind, one_thread
+    from kcm.app.models import large_logits, load_small_kind, one_thread
     from kcm.policy import epsilon_for_rate
     from training.calibrate import fixed, for_accuracy, for_rate
     from training.data import load_split
@@ -64,7 +63,7 @@ def calibrate(
             raise ConfigError("an accuracy needs the large model's answers", fix="--large FOLDER (kcm train-large makes one)")
         split = load_split(loaded.task, "calibration")
         confidence, right = confidences(loaded, kind, split.texts)
-        large_right = _large_answers(large, split, steps) == split.y
+        large_right = large_logits(large, split, steps).argmax(1) == split.y
         target = accuracy if accuracy is not None else float(large_right.mean()) - (below_large or 0.0)
         threshold = for_accuracy(confidence, right == split.y, large_right, target)
         source = f"{len(split)} labelled calibration samples"
@@ -95,7 +94,7 @@ def confidences(run: Run, kind: Small, texts: list[str]) -> tuple[NDArray[np.flo
 
 
 def unlabelled_confidences(run: Run, kind: Small) -> tuple[NDArray[np.float32], str]:
-    """C_x of what a call rate is read off, and what that is: the stream less what the run was fitted on, else out of fold."""
+    """C_x of what a call rate is read off, and what that is: fresh texts of the stream, else out of fold."""
     texts = fresh_texts(run)
     if texts:
         return confidences(run, kind, texts)[0], f"{len(texts)} fresh samples of the stream"
@@ -115,14 +114,6 @@ def fresh_texts(run: Run) -> list[str]:
         return []
     seen = set(run.texts)
     return [text for text in load_split(run.task, "stream").texts if text not in seen and (run.info.round == 0 or reserved(text))]
-
-
-def _large_answers(large: Path, split: Split, steps: Steps) -> NDArray[np.int64]:
-    from cloud_server.models import load_large
-
-    steps(f"large model: {len(split)} calibration samples")
-    answers: NDArray[np.int64] = load_large(large).logits(split.texts, [None] * len(split)).argmax(1)
-    return answers
 
 
 def export(

@@ -46,7 +46,8 @@ def load_small_kind(task: Task, progress: Progress) -> Small:
         return Fixed(task)
     from training.small import Ngrams
 
-    return Ngrams(task, word_vectors(task, progress) if task.small.vectors else None)
+    # Only fitting needs the vectors: a run that is calibrated, exported or verified holds its own.
+    return Ngrams(task, (lambda: word_vectors(task, progress)) if task.small.vectors else None)
 
 
 def word_vectors(task: Task, progress: Progress) -> WordVectors:
@@ -96,6 +97,14 @@ def _vocabulary(folder: Path) -> list[str]:
     entries = vocabulary if isinstance(vocabulary, dict) else [entry[0] for entry in vocabulary]
     whole = {entry.lstrip("▁Ġ").lower() for entry in entries if not entry.startswith("##")}
     return sorted(word for word in whole if re.fullmatch(r"[^\W_]+", word))
+
+
+def large_logits(folder: Path, split: Split, progress: Progress) -> Float32:
+    """The large model's logits [N, C] for labelled samples, without a hint."""
+    from cloud_server.models import load_large
+
+    progress(f"large model: {len(split)} labelled samples")
+    return load_large(folder).logits(split.texts, [None] * len(split))
 
 
 class LargeInProcess:

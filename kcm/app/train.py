@@ -166,7 +166,7 @@ def recalibrated(new: Run, previous: Run, kind: Small) -> Run:
 
 def before_after(previous: Run, new: Run) -> str:
     """A table of the two rounds' metrics."""
-    lines = [f"{'':24}{'round ' + str(previous.info.round):>20}{'round ' + str(new.info.round):>20}"]
+    lines = [f"{'':24}{'round ' + str(previous.info.round):>24}{'round ' + str(new.info.round):>24}"]
     for split in ("test", "out_of_fold"):
         if split in previous.metrics and split in new.metrics:
             cells = []
@@ -188,12 +188,11 @@ def held_back_texts(task: Task) -> set[str]:
 
 def _gauge(task: Task, large: Path, steps: Steps) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """The large model's logits for labelled samples that were kept back, else for the edge's own."""
-    from cloud_server.models import load_large
+    from kcm.app.models import large_logits
     from training.data import load_split
 
     split = load_split(task, "calibration" if task.data.calibration else "train")
-    steps(f"large model: {len(split)} labelled samples")
-    return load_large(large).logits(split.texts, [None] * len(split)), split.y
+    return large_logits(large, split, steps), split.y
 
 
 def _test(task: Task) -> Split | None:

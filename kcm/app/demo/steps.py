@@ -25,7 +25,6 @@ from training.program import distil_run, train_run
 from training.run import Run, Threshold, save_run
 from training.small import Small
 
-Labels = NDArray[np.int64]
 _BATCH = 32  # documents a call while learning; the compared passes go one by one
 
 

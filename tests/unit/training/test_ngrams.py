@@ -121,6 +121,23 @@ def test_a_prediction_does_not_depend_on_how_rows_were_batched(monkeypatch: pyte
     assert single.length.tolist() == whole.length.tolist()
 
 
+def test_word_vectors_are_asked_for_by_the_first_fit_alone() -> None:
+    """Predicting with a run that is there must not need the encoder that once gave it its vectors."""
+    task = parse_task({"task": {"id": "t", "labels": list(LABELS)}, "preprocess": {"buckets": SPEC.buckets}}, "t")
+    asked: list[int] = []
+
+    def make() -> WordVectors:
+        asked.append(1)
+        return vectors()
+
+    kind = Ngrams(task, make)
+    kind.predict(MODEL, kind.featurise(["oil"]))
+    assert not asked
+    for _ in range(2):
+        assert len(kind.fit(labelled_examples(task, kind, split(40))).vectors) > 1
+    assert len(asked) == 1
+
+
 def real_task(name: str) -> Task:
     folder = cache_dir() / "tasks" / name
     if not folder.is_dir():

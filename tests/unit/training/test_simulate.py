@@ -79,6 +79,7 @@ def test_the_json_has_the_keys_that_were_promised(summary: dict[str, object]) ->
             assert {float(rate) for rate in row["curve"]} == set(RATES) == {0, 0.1, 0.2, 0.3, 0.4, 0.5, 1}
             for point in row["curve"].values():
                 assert {"accuracy", "realised_rate", "max_softmax_accuracy"} <= set(point)
+                assert point["cost_per_1000"] == pytest.approx(1000 * point["realised_rate"])  # the default prices
     last = [seed["rounds"][-1]["small_accuracy"] for seed in whole["seeds"]]
     assert whole["mean"]["small_accuracy"] == pytest.approx(np.mean(last))
     assert whole["sd"]["small_accuracy"] == pytest.approx(np.std(last, ddof=1))
