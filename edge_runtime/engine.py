@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from kcm.bundle import GraphSpec
     from kcm.preprocess import Inputs
 
-OUTPUTS = ("logits", "top_ids", "top_probs", "confidence")
+OUTPUTS = ("logits", "top_ids", "top_probs", "confidence", "score")
 # Names a folder that can't exist, so that tensors outside the model's bytes never load: from bytes alone,
 # ONNX Runtime looks for them in the working directory.
 _NO_FOLDER = "/dev/null/external-data-is-refused"
@@ -26,6 +26,7 @@ class Outputs(NamedTuple):
     top_ids: NDArray[np.int64]  # [B, k], best first
     top_probs: NDArray[np.float32]  # [B, k]
     confidence: NDArray[np.float32]  # [B]: C_x
+    score: NDArray[np.float32]  # [B]: the routing score, above ε stays local; C_x unless calibration chose another head
 
 
 class Engine(Protocol):

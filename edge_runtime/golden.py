@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from edge_runtime.engine import Engine, Outputs
     from kcm.preprocess import Preprocessor
 
-TOLERANCE = 1e-3  # of logits, relative to the largest of them; of C_x, absolute
-_NAMES = ("text", "offsets", "logits", "confidence", "top_ids", "input_sums")
+TOLERANCE = 1e-3  # of logits, relative to the largest of them; of C_x and the routing score, absolute
+_NAMES = ("text", "offsets", "logits", "confidence", "score", "top_ids", "input_sums")
 _BATCH = 16
 
 
@@ -24,7 +24,7 @@ def check_golden(engine: Engine, preprocessor: Preprocessor, golden: bytes) -> N
     """Preprocess and run the golden texts; compare.
 
     Raises:
-        BundleError: golden.npz can't be read, or preprocessing, logits, candidates or C_x differ.
+        BundleError: golden.npz can't be read, or preprocessing, logits, candidates, C_x or the routing score differ.
     """
     want = _read(golden)
     texts = _texts(want["text"], want["offsets"])
@@ -46,7 +46,7 @@ def check_golden(engine: Engine, preprocessor: Preprocessor, golden: bytes) -> N
 def _compare(got: Outputs, want: dict[str, NDArray[Any]], start: int, tolerance: float) -> None:
     if got.logits.shape != want["logits"].shape or got.top_ids.shape != want["top_ids"].shape:
         raise BundleError(f"golden outputs have {want['logits'].shape[1]} logits, the model gives {got.logits.shape[1]}")
-    for name, allowed in (("logits", tolerance), ("confidence", TOLERANCE)):
+    for name, allowed in (("logits", tolerance), ("confidence", TOLERANCE), ("score", TOLERANCE)):
         off = np.abs(getattr(got, name) - want[name]).reshape(len(want[name]), -1).max(axis=1)
         # not <=: a NaN fails too
         for row in np.flatnonzero(~(off <= allowed)):

@@ -14,7 +14,8 @@ import numpy as np
 
 from edge_runtime.engine import Engine, OrtEngine, Outputs
 from edge_runtime.golden import check_golden
-from kcm.bundle import Bundle, Calibration, Manifest, Precision, load_bundle
+from kcm.bundle import Bundle, Manifest, Precision, load_bundle
+from kcm.calibration import Calibration
 from kcm.errors import BundleError
 from kcm.policy import stays_local
 from kcm.preprocess import Inputs, Preprocessor, load_preprocessor
@@ -34,6 +35,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     sample: Sample
     answer: Answer
     local: bool  # the policy keeps it here
+    score: float  # the routing score
     logits: Float32  # [C]
     hint: Hint | None  # None: the numbers aren't finite
 
@@ -119,6 +121,7 @@ class EdgeRuntime:
 
     def _decide(self, samples: Sequence[Sample], outputs: Outputs) -> list[Decision]:
         ids, probabilities, confidences = outputs.top_ids.tolist(), outputs.top_probs.tolist(), outputs.confidence.tolist()
+        scores = outputs.score.tolist()
         labels, epsilon = self.task.labels, self.calibration.epsilon
         decisions = []
         for row, sample in enumerate(samples):
@@ -132,10 +135,10 @@ class EdgeRuntime:
                 candidates=tuple(zip(ids[row], probabilities[row], strict=True)),
                 model_id=self.manifest.bundle_id,
             )
-            local = stays_local(confidence, epsilon, sample.route)
+            local = stays_local(scores[row], epsilon, sample.route)
             logits = outputs.logits[row]
             hint = None if local or not _finite(logits, confidence) else _hint(ids[row], probabilities[row], confidence)
-            decisions.append(Decision(sample=sample, answer=answer, local=local, logits=logits, hint=hint))
+            decisions.append(Decision(sample=sample, answer=answer, local=local, score=scores[row], logits=logits, hint=hint))
         return decisions
 
     def _inputs(self, samples: Sequence[Sample], start: int) -> Inputs:

@@ -15,11 +15,12 @@ import tomli_w
 
 from export.graph import fuse_ngrams
 from export.session import Session
-from kcm.bundle import Calibration, GraphSpec, Manifest, write_manifest
+from kcm.bundle import GraphSpec, Manifest, write_manifest
+from kcm.calibration import Calibration, Threshold
 from kcm.preprocess import load_preprocessor
 from training.encoder import EncoderHead
 from training.ngrams import NgramModel
-from training.run import Run, Threshold
+from training.run import Run
 
 CANDIDATES = 5  # of the hint
 GOLDEN = 64
@@ -90,6 +91,7 @@ def golden(session: Session, preprocessor: Any, texts: list[str]) -> dict[str, A
         "input_sums": np.array([int(i[preprocessor.names[0]].sum(dtype=np.int64)) for i in inputs], np.int64),
         "logits": np.concatenate([o["logits"] for o in outputs]),
         "confidence": np.concatenate([o["confidence"] for o in outputs]),
+        "score": np.concatenate([o["score"] for o in outputs]),
         "top_ids": np.concatenate([o["top_ids"] for o in outputs]),
     }
 

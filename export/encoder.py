@@ -35,7 +35,7 @@ class _Logits(nn.Module):
 
 
 def fuse_encoder(small: EncoderHead, judge: Judge, candidates: int) -> bytes:
-    """input_ids, attention_mask int64 [B, L] → logits, top_ids, top_probs, confidence; serialised."""
+    """input_ids, attention_mask int64 [B, L] → logits, top_ids, top_probs, confidence, score; serialised."""
     model = trace(_Logits(small))
     counts = token_counts(unknown_id(small.tokenizer_json))
     return append_to(model, "logits", TOKEN_INPUTS, counts, judge, len(small.bias), candidates)

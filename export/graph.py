@@ -19,7 +19,7 @@ IR_VERSION = 10
 
 
 def fuse_ngrams(small: NgramModel, judge: Judge, candidates: int) -> onnx.ModelProto:
-    """ids int32 [B, L], weights float32 [B, L] → logits, top_ids, top_probs, confidence.
+    """ids int32 [B, L], weights float32 [B, L] → logits, top_ids, top_probs, confidence, score.
 
     Mirrors NgramModel.forward.
     """
@@ -55,7 +55,7 @@ def fuse_ngrams(small: NgramModel, judge: Judge, candidates: int) -> onnx.ModelP
 
 
 def assemble(nodes: Nodes, inputs: list[onnx.ValueInfoProto], classes: int, candidates: int) -> onnx.ModelProto:
-    """A checked model of `nodes` with the bundle's four outputs."""
+    """A checked model of `nodes` with the bundle's five outputs."""
     graph = helper.make_graph(nodes.nodes, "kcm", inputs, bundle_outputs(classes, candidates), nodes.initializers)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="kcm")
     onnx.checker.check_model(model, full_check=True)
@@ -63,12 +63,13 @@ def assemble(nodes: Nodes, inputs: list[onnx.ValueInfoProto], classes: int, cand
 
 
 def bundle_outputs(classes: int, candidates: int) -> list[onnx.ValueInfoProto]:
-    """The four outputs of every fused graph, in order."""
+    """The five outputs of every fused graph, in order."""
     return [
         helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["B", classes]),
         helper.make_tensor_value_info("top_ids", TensorProto.INT64, ["B", candidates]),
         helper.make_tensor_value_info("top_probs", TensorProto.FLOAT, ["B", candidates]),
         helper.make_tensor_value_info("confidence", TensorProto.FLOAT, ["B"]),
+        helper.make_tensor_value_info("score", TensorProto.FLOAT, ["B"]),
     ]
 
 

@@ -39,6 +39,7 @@ def append_judge(nodes: Nodes, judge: Judge, logits: str, length: str, unknown: 
         x = _layer(nodes, layer, x)
     confidence = _first(nodes, nodes("Softmax", nodes("Add", prior, x), axis=1), ranks + 1, 1)
     nodes("Squeeze", confidence, np.array([1]), out="confidence")
+    nodes("Identity", "confidence", out="score")
 
 
 def _first(nodes: Nodes, value: str, width: int, count: int, out: str = "") -> str:

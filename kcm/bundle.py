@@ -16,10 +16,11 @@ import msgspec
 
 import kcm.config
 import kcm.task
+from kcm.calibration import Calibration
 from kcm.errors import BundleError, ConfigError
 
 MANIFEST = "manifest.json"
-SCHEMA = 1
+SCHEMA = 2  # 2: the graph has a fifth output, the routing score
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Precision = Literal["fp32", "fp16", "int8"]
 
@@ -35,19 +36,6 @@ class GraphSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     inputs: tuple[str, ...]
     candidates: int
     max_batch: int = 256
-
-
-class Calibration(msgspec.Struct, frozen=True, kw_only=True):
-    """ε for one precision, how it was chosen, and what it is valid for."""
-
-    epsilon: float
-    calibration_id: str
-    method: str  # fixed, cloud-rate or accuracy
-    target: float | None = None
-    samples: int = 0
-    cloud_rate: float | None = None  # on the calibration split
-    cloud_rate_interval: tuple[float, float] | None = None  # 95 %, Wilson
-    accuracy: float | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -151,7 +139,8 @@ def read_manifest(path: Path) -> Manifest:
     except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
         raise BundleError(f"{path / MANIFEST} can't be read: {error}") from error
     if manifest.schema != SCHEMA:
-        raise BundleError(f"{path} has bundle schema {manifest.schema}, this kcm reads {SCHEMA}", fix="upgrade kcm on this device")
+        fix = "upgrade kcm on this device" if manifest.schema > SCHEMA else "export it again with this kcm"
+        raise BundleError(f"{path} has bundle schema {manifest.schema}, this kcm reads {SCHEMA}", fix=fix)
     if manifest.bundle_id != _bundle_id(manifest):
         raise BundleError(f"{path}: the bundle id doesn't match what the manifest lists: damaged or changed")
     return manifest

@@ -1,21 +1,52 @@
-"""The routing policy as pure functions: who answers, and which ε gives which share of cloud calls.
+"""The routing policy as pure functions: who answers, what the large model sees of the hint, who is explored, and which ε gives what.
 
-Source: arXiv 2510.20278: C_x > ε: the sample is simple and the small model answers; else the large model does.
+Source: arXiv 2510.20278: C_x > ε: the sample is simple and the small model answers; else the large model does. Here ε stands on
+the routing score, which is C_x unless calibration chose another head.
 """
 
 from __future__ import annotations
 
+import hashlib
+
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from kcm.sample import Route
+from kcm.calibration import HintGate
+from kcm.sample import Hint, Route
 
 DEFAULT_EPSILON = 0.98  # the paper's
 
 
-def stays_local(confidence: float, epsilon: float, route: Route = Route.AUTO) -> bool:
-    """True where the small model answers. A C_x of NaN escalates."""
-    return confidence > epsilon if route is Route.AUTO else route is Route.LOCAL
+def stays_local(score: float, epsilon: float, route: Route = Route.AUTO) -> bool:
+    """True where the small model answers. A routing score of NaN escalates."""
+    return score > epsilon if route is Route.AUTO else route is Route.LOCAL
+
+
+def gate_hint(hint: Hint | None, gate: HintGate, sample_id: str) -> tuple[Hint | None, float]:
+    """What the large model may see of a hint, and the probability with which this sample's is shown.
+
+    The draw hangs on the sample's id alone: a retry, another process and an analysis come to the same.
+    """
+    if hint is None or not hint.label_ids or gate.arm == "none" or hint.confidence < gate.lowest:
+        return None, 0.0
+    shown = 1.0 - gate.no_hint
+    if draw(sample_id, "hint") >= shown:
+        return None, shown
+    if gate.arm == "assertion":
+        hint = msgspec.structs.replace(hint, label_ids=hint.label_ids[:1], probabilities=hint.probabilities[:1])
+    return hint, shown
+
+
+def explores(sample_id: str, share: float) -> bool:
+    """True for a share of all samples, chosen by a hash of the id: those that stay local are sent up as well, to measure and to learn."""
+    return draw(sample_id, "explore") < share
+
+
+def draw(sample_id: str, purpose: str) -> float:
+    """A number in [0, 1), the same for one id and purpose everywhere, and independent between purposes."""
+    digest = hashlib.blake2b(f"{purpose}\x00{sample_id}".encode(), digest_size=6).digest()  # 48 bits: exact in a float
+    return int.from_bytes(digest, "big") / 2**48
 
 
 def epsilon_for_rate(confidence: NDArray[np.floating], rate: float) -> float:

@@ -28,7 +28,8 @@ from onnx import TensorProto, helper, numpy_helper
 import kcm.bundle
 import kcm.task
 from edge_runtime.engine import OrtEngine
-from kcm.bundle import Calibration, GraphSpec
+from kcm.bundle import GraphSpec
+from kcm.calibration import Calibration
 from kcm.preprocess import GROUPS, Preprocessor, load_preprocessor
 from kcm.task import PreprocessSpec, SmallSpec, Task
 from protos.kcm.v1 import edge_pb2, edge_pb2_grpc, sample_pb2
@@ -104,6 +105,7 @@ def graph(table: NDArray[np.float32], *, ngrams: bool = False, external: str = "
         helper.make_node("TopK", ["probabilities", "k"], ["top_probs", "top_ids"]),
         helper.make_node("Gather", ["top_probs", "zero"], ["best"], axis=1),
         helper.make_node("Squeeze", ["best", "one"], ["confidence"]),
+        helper.make_node("Identity", ["confidence"], ["score"]),
     ]
     types = ((ids, TensorProto.INT32), (weight, TensorProto.FLOAT)) if ngrams else ((ids, TensorProto.INT64), (weight, TensorProto.INT64))
     inputs = [helper.make_tensor_value_info(name, kind, ["B", "L"]) for name, kind in types]
@@ -112,6 +114,7 @@ def graph(table: NDArray[np.float32], *, ngrams: bool = False, external: str = "
         helper.make_tensor_value_info("top_ids", TensorProto.INT64, ["B", CANDIDATES]),
         helper.make_tensor_value_info("top_probs", TensorProto.FLOAT, ["B", CANDIDATES]),
         helper.make_tensor_value_info("confidence", TensorProto.FLOAT, ["B"]),
+        helper.make_tensor_value_info("score", TensorProto.FLOAT, ["B"]),
     ]
     made = helper.make_graph(nodes, "fused", inputs, outputs, constants)
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
@@ -157,6 +160,7 @@ def make_bundle(
         offsets=np.cumsum([0, *map(len, encoded)]),
         logits=outputs.logits + np.float32(golden_shift),
         confidence=outputs.confidence,
+        score=outputs.score,
         top_ids=outputs.top_ids,
         input_sums=inputs[preprocessor.names[0]].astype(np.int64).sum(axis=1),
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from kcm.calibration import Threshold
 from kcm.errors import DataError
 from kcm.policy import epsilon_for_accuracy, epsilon_for_rate
 from training.evaluate import wilson
-from training.run import Threshold
 
 Float32 = NDArray[np.float32]
 

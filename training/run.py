@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kcm.calibration import Threshold
 from kcm.errors import ConfigError
 from kcm.task import Task
 from training.encoder import EncoderHead
@@ -26,18 +27,6 @@ from training.ngrams import NgramModel
 
 Float32 = NDArray[np.float32]
 SCHEMA = 1
-
-
-class Threshold(msgspec.Struct, frozen=True, kw_only=True):
-    """ε and how it was chosen; becomes kcm.bundle.Calibration when a graph is exported."""
-
-    epsilon: float
-    method: str = "fixed"
-    target: float | None = None
-    samples: int = 0
-    cloud_rate: float | None = None
-    cloud_rate_interval: tuple[float, float] | None = None
-    accuracy: float | None = None
 
 
 class RunInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kcm.bundle import Manifest
-    from training.run import Run, Threshold
+    from kcm.calibration import Threshold
+    from training.run import Run
     from training.small import Small
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run of `kcm train` or `kcm distill`.")]

@@ -22,7 +22,7 @@ from training.calibrate import for_accuracy
 from training.data import Split, load_split
 from training.evaluate import Routed, route
 from training.program import distil_run, train_run
-from training.run import Run, Threshold, save_run
+from training.run import Run, save_run
 from training.small import Small
 
 _BATCH = 32  # documents a call while learning; the compared passes go one by one
@@ -172,7 +172,7 @@ class Demo:
         """ε with the fewest calls that is at most BELOW_LARGE less accurate than the large model on labels that were kept back."""
         confidence, answers = confidences(run, kind, split.texts)
         large_right = large.logits(split.texts).argmax(1) == split.y
-        threshold: Threshold = for_accuracy(confidence, answers == split.y, large_right, float(large_right.mean()) - BELOW_LARGE)
+        threshold = for_accuracy(confidence, answers == split.y, large_right, float(large_right.mean()) - BELOW_LARGE)
         return replace(run, threshold=threshold)
 
     def _install(self, run: Run, name: str) -> None:

@@ -25,27 +25,33 @@ _sym_db = _symbol_database.Default()
 from protos.kcm.v1 import sample_pb2 as protos_dot_kcm_dot_v1_dot_sample__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19protos/kcm/v1/cloud.proto\x12\x06kcm.v1\x1a\x1aprotos/kcm/v1/sample.proto\"\xdc\x01\n\rPredictSample\x12\x11\n\tsample_id\x18\x01 \x01(\t\x12 \n\x07purpose\x18\x02 \x01(\x0e\x32\x0f.kcm.v1.Purpose\x12\x12\n\np_escalate\x18\x03 \x01(\x02\x12\x1a\n\x04hint\x18\x04 \x01(\x0b\x32\x0c.kcm.v1.Hint\x12 \n\x07payload\x18\x05 \x01(\x0b\x32\x0f.kcm.v1.Payload\x12\x1d\n\x05small\x18\x06 \x01(\x0b\x32\x0e.kcm.v1.Scores\x12\x12\n\nconfidence\x18\x07 \x01(\x02\x12\x11\n\tbundle_id\x18\x08 \x01(\t\"o\n\x0ePredictRequest\x12\x0f\n\x07\x65\x64ge_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\x13\n\x0blabel_space\x18\x03 \x01(\t\x12&\n\x07samples\x18\x04 \x03(\x0b\x32\x15.kcm.v1.PredictSample\"\x93\x01\n\nPrediction\x12\x11\n\tsample_id\x18\x01 \x01(\t\x12\x10\n\x08label_id\x18\x02 \x01(\r\x12\r\n\x05label\x18\x03 \x01(\t\x12\x1e\n\x06scores\x18\x04 \x01(\x0b\x32\x0e.kcm.v1.Scores\x12!\n\x08hint_arm\x18\x05 \x01(\x0e\x32\x0f.kcm.v1.HintArm\x12\x0e\n\x06stored\x18\x06 \x01(\x08\"^\n\x0cPredictReply\x12\x12\n\nteacher_id\x18\x01 \x01(\t\x12\x11\n\tprompt_id\x18\x02 \x01(\t\x12\'\n\x0bpredictions\x18\x03 \x03(\x0b\x32\x12.kcm.v1.Prediction\"\x11\n\x0f\x44\x65scribeRequest\"\x86\x01\n\rDescribeReply\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x13\n\x0blabel_space\x18\x02 \x01(\t\x12\x12\n\nteacher_id\x18\x03 \x01(\t\x12\x11\n\tprompt_id\x18\x04 \x01(\t\x12\x13\n\x0breads_hints\x18\x05 \x01(\x08\x12\x13\n\x0bmax_samples\x18\x06 \x01(\r*S\n\x07Purpose\x12\x17\n\x13PURPOSE_UNSPECIFIED\x10\x00\x12\x08\n\x04LIVE\x10\x01\x12\x0c\n\x08\x42\x41\x43KFILL\x10\x02\x12\x0b\n\x07\x45XPLORE\x10\x03\x12\n\n\x06SHADOW\x10\x04\x32|\n\x05\x43loud\x12\x37\n\x07Predict\x12\x16.kcm.v1.PredictRequest\x1a\x14.kcm.v1.PredictReply\x12:\n\x08\x44\x65scribe\x12\x17.kcm.v1.DescribeRequest\x1a\x15.kcm.v1.DescribeReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19protos/kcm/v1/cloud.proto\x12\x06kcm.v1\x1a\x1aprotos/kcm/v1/sample.proto\"\xec\x01\n\rPredictSample\x12\x11\n\tsample_id\x18\x01 \x01(\t\x12 \n\x07purpose\x18\x02 \x01(\x0e\x32\x0f.kcm.v1.Purpose\x12\x12\n\np_escalate\x18\x03 \x01(\x02\x12\x1a\n\x04hint\x18\x04 \x01(\x0b\x32\x0c.kcm.v1.Hint\x12 \n\x07payload\x18\x05 \x01(\x0b\x32\x0f.kcm.v1.Payload\x12\x1d\n\x05small\x18\x06 \x01(\x0b\x32\x0e.kcm.v1.Scores\x12\x12\n\nconfidence\x18\x07 \x01(\x02\x12\x11\n\tbundle_id\x18\x08 \x01(\t\x12\x0e\n\x06p_hint\x18\t \x01(\x02\"o\n\x0ePredictRequest\x12\x0f\n\x07\x65\x64ge_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\x13\n\x0blabel_space\x18\x03 \x01(\t\x12&\n\x07samples\x18\x04 \x03(\x0b\x32\x15.kcm.v1.PredictSample\"\x93\x01\n\nPrediction\x12\x11\n\tsample_id\x18\x01 \x01(\t\x12\x10\n\x08label_id\x18\x02 \x01(\r\x12\r\n\x05label\x18\x03 \x01(\t\x12\x1e\n\x06scores\x18\x04 \x01(\x0b\x32\x0e.kcm.v1.Scores\x12!\n\x08hint_arm\x18\x05 \x01(\x0e\x32\x0f.kcm.v1.HintArm\x12\x0e\n\x06stored\x18\x06 \x01(\x08\"^\n\x0cPredictReply\x12\x12\n\nteacher_id\x18\x01 \x01(\t\x12\x11\n\tprompt_id\x18\x02 \x01(\t\x12\'\n\x0bpredictions\x18\x03 \x03(\x0b\x32\x12.kcm.v1.Prediction\"0\n\tTrueLabel\x12\x11\n\tsample_id\x18\x01 \x01(\t\x12\x10\n\x08label_id\x18\x02 \x01(\r\"h\n\x0cLabelRequest\x12\x0f\n\x07\x65\x64ge_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\x13\n\x0blabel_space\x18\x03 \x01(\t\x12!\n\x06labels\x18\x04 \x03(\x0b\x32\x11.kcm.v1.TrueLabel\"\x1c\n\nLabelReply\x12\x0e\n\x06stored\x18\x01 \x01(\r\"\x11\n\x0f\x44\x65scribeRequest\"\x86\x01\n\rDescribeReply\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x13\n\x0blabel_space\x18\x02 \x01(\t\x12\x12\n\nteacher_id\x18\x03 \x01(\t\x12\x11\n\tprompt_id\x18\x04 \x01(\t\x12\x13\n\x0breads_hints\x18\x05 \x01(\x08\x12\x13\n\x0bmax_samples\x18\x06 \x01(\r*S\n\x07Purpose\x12\x17\n\x13PURPOSE_UNSPECIFIED\x10\x00\x12\x08\n\x04LIVE\x10\x01\x12\x0c\n\x08\x42\x41\x43KFILL\x10\x02\x12\x0b\n\x07\x45XPLORE\x10\x03\x12\n\n\x06SHADOW\x10\x04\x32\xaf\x01\n\x05\x43loud\x12\x37\n\x07Predict\x12\x16.kcm.v1.PredictRequest\x1a\x14.kcm.v1.PredictReply\x12\x31\n\x05Label\x12\x14.kcm.v1.LabelRequest\x1a\x12.kcm.v1.LabelReply\x12:\n\x08\x44\x65scribe\x12\x17.kcm.v1.DescribeRequest\x1a\x15.kcm.v1.DescribeReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.kcm.v1.cloud_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PURPOSE']._serialized_start=803
-  _globals['_PURPOSE']._serialized_end=886
+  _globals['_PURPOSE']._serialized_start=1005
+  _globals['_PURPOSE']._serialized_end=1088
   _globals['_PREDICTSAMPLE']._serialized_start=66
-  _globals['_PREDICTSAMPLE']._serialized_end=286
-  _globals['_PREDICTREQUEST']._serialized_start=288
-  _globals['_PREDICTREQUEST']._serialized_end=399
-  _globals['_PREDICTION']._serialized_start=402
-  _globals['_PREDICTION']._serialized_end=549
-  _globals['_PREDICTREPLY']._serialized_start=551
-  _globals['_PREDICTREPLY']._serialized_end=645
-  _globals['_DESCRIBEREQUEST']._serialized_start=647
-  _globals['_DESCRIBEREQUEST']._serialized_end=664
-  _globals['_DESCRIBEREPLY']._serialized_start=667
-  _globals['_DESCRIBEREPLY']._serialized_end=801
-  _globals['_CLOUD']._serialized_start=888
-  _globals['_CLOUD']._serialized_end=1012
+  _globals['_PREDICTSAMPLE']._serialized_end=302
+  _globals['_PREDICTREQUEST']._serialized_start=304
+  _globals['_PREDICTREQUEST']._serialized_end=415
+  _globals['_PREDICTION']._serialized_start=418
+  _globals['_PREDICTION']._serialized_end=565
+  _globals['_PREDICTREPLY']._serialized_start=567
+  _globals['_PREDICTREPLY']._serialized_end=661
+  _globals['_TRUELABEL']._serialized_start=663
+  _globals['_TRUELABEL']._serialized_end=711
+  _globals['_LABELREQUEST']._serialized_start=713
+  _globals['_LABELREQUEST']._serialized_end=817
+  _globals['_LABELREPLY']._serialized_start=819
+  _globals['_LABELREPLY']._serialized_end=847
+  _globals['_DESCRIBEREQUEST']._serialized_start=849
+  _globals['_DESCRIBEREQUEST']._serialized_end=866
+  _globals['_DESCRIBEREPLY']._serialized_start=869
+  _globals['_DESCRIBEREPLY']._serialized_end=1003
+  _globals['_CLOUD']._serialized_start=1091
+  _globals['_CLOUD']._serialized_end=1266
 # @@protoc_insertion_point(module_scope)

@@ -22,7 +22,7 @@ EXPLORE: Purpose
 SHADOW: Purpose
 
 class PredictSample(_message.Message):
-    __slots__ = ("sample_id", "purpose", "p_escalate", "hint", "payload", "small", "confidence", "bundle_id")
+    __slots__ = ("sample_id", "purpose", "p_escalate", "hint", "payload", "small", "confidence", "bundle_id", "p_hint")
     SAMPLE_ID_FIELD_NUMBER: _ClassVar[int]
     PURPOSE_FIELD_NUMBER: _ClassVar[int]
     P_ESCALATE_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,7 @@ class PredictSample(_message.Message):
     SMALL_FIELD_NUMBER: _ClassVar[int]
     CONFIDENCE_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_ID_FIELD_NUMBER: _ClassVar[int]
+    P_HINT_FIELD_NUMBER: _ClassVar[int]
     sample_id: str
     purpose: Purpose
     p_escalate: float
@@ -39,7 +40,8 @@ class PredictSample(_message.Message):
     small: _sample_pb2.Scores
     confidence: float
     bundle_id: str
-    def __init__(self, sample_id: _Optional[str] = ..., purpose: _Optional[_Union[Purpose, str]] = ..., p_escalate: _Optional[float] = ..., hint: _Optional[_Union[_sample_pb2.Hint, _Mapping]] = ..., payload: _Optional[_Union[_sample_pb2.Payload, _Mapping]] = ..., small: _Optional[_Union[_sample_pb2.Scores, _Mapping]] = ..., confidence: _Optional[float] = ..., bundle_id: _Optional[str] = ...) -> None: ...
+    p_hint: float
+    def __init__(self, sample_id: _Optional[str] = ..., purpose: _Optional[_Union[Purpose, str]] = ..., p_escalate: _Optional[float] = ..., hint: _Optional[_Union[_sample_pb2.Hint, _Mapping]] = ..., payload: _Optional[_Union[_sample_pb2.Payload, _Mapping]] = ..., small: _Optional[_Union[_sample_pb2.Scores, _Mapping]] = ..., confidence: _Optional[float] = ..., bundle_id: _Optional[str] = ..., p_hint: _Optional[float] = ...) -> None: ...
 
 class PredictRequest(_message.Message):
     __slots__ = ("edge_id", "task_id", "label_space", "samples")
@@ -78,6 +80,32 @@ class PredictReply(_message.Message):
     prompt_id: str
     predictions: _containers.RepeatedCompositeFieldContainer[Prediction]
     def __init__(self, teacher_id: _Optional[str] = ..., prompt_id: _Optional[str] = ..., predictions: _Optional[_Iterable[_Union[Prediction, _Mapping]]] = ...) -> None: ...
+
+class TrueLabel(_message.Message):
+    __slots__ = ("sample_id", "label_id")
+    SAMPLE_ID_FIELD_NUMBER: _ClassVar[int]
+    LABEL_ID_FIELD_NUMBER: _ClassVar[int]
+    sample_id: str
+    label_id: int
+    def __init__(self, sample_id: _Optional[str] = ..., label_id: _Optional[int] = ...) -> None: ...
+
+class LabelRequest(_message.Message):
+    __slots__ = ("edge_id", "task_id", "label_space", "labels")
+    EDGE_ID_FIELD_NUMBER: _ClassVar[int]
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    LABEL_SPACE_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    edge_id: str
+    task_id: str
+    label_space: str
+    labels: _containers.RepeatedCompositeFieldContainer[TrueLabel]
+    def __init__(self, edge_id: _Optional[str] = ..., task_id: _Optional[str] = ..., label_space: _Optional[str] = ..., labels: _Optional[_Iterable[_Union[TrueLabel, _Mapping]]] = ...) -> None: ...
+
+class LabelReply(_message.Message):
+    __slots__ = ("stored",)
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    stored: int
+    def __init__(self, stored: _Optional[int] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()

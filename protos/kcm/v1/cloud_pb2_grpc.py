@@ -39,6 +39,11 @@ class CloudStub(object):
                 request_serializer=protos_dot_kcm_dot_v1_dot_cloud__pb2.PredictRequest.SerializeToString,
                 response_deserializer=protos_dot_kcm_dot_v1_dot_cloud__pb2.PredictReply.FromString,
                 _registered_method=True)
+        self.Label = channel.unary_unary(
+                '/kcm.v1.Cloud/Label',
+                request_serializer=protos_dot_kcm_dot_v1_dot_cloud__pb2.LabelRequest.SerializeToString,
+                response_deserializer=protos_dot_kcm_dot_v1_dot_cloud__pb2.LabelReply.FromString,
+                _registered_method=True)
         self.Describe = channel.unary_unary(
                 '/kcm.v1.Cloud/Describe',
                 request_serializer=protos_dot_kcm_dot_v1_dot_cloud__pb2.DescribeRequest.SerializeToString,
@@ -57,6 +62,14 @@ class CloudServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Label(self, request, context):
+        """Takes the truth about samples, whether or not they were sent before; the last one about a sample holds. A deadline is required.
+        The reply goes out after the commit. FAILED_PRECONDITION, RESOURCE_EXHAUSTED, INVALID_ARGUMENT: as Predict; UNAVAILABLE: not stored.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Describe(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -70,6 +83,11 @@ def add_CloudServicer_to_server(servicer, server):
                     servicer.Predict,
                     request_deserializer=protos_dot_kcm_dot_v1_dot_cloud__pb2.PredictRequest.FromString,
                     response_serializer=protos_dot_kcm_dot_v1_dot_cloud__pb2.PredictReply.SerializeToString,
+            ),
+            'Label': grpc.unary_unary_rpc_method_handler(
+                    servicer.Label,
+                    request_deserializer=protos_dot_kcm_dot_v1_dot_cloud__pb2.LabelRequest.FromString,
+                    response_serializer=protos_dot_kcm_dot_v1_dot_cloud__pb2.LabelReply.SerializeToString,
             ),
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
@@ -104,6 +122,33 @@ class Cloud(object):
             '/kcm.v1.Cloud/Predict',
             protos_dot_kcm_dot_v1_dot_cloud__pb2.PredictRequest.SerializeToString,
             protos_dot_kcm_dot_v1_dot_cloud__pb2.PredictReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Label(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kcm.v1.Cloud/Label',
+            protos_dot_kcm_dot_v1_dot_cloud__pb2.LabelRequest.SerializeToString,
+            protos_dot_kcm_dot_v1_dot_cloud__pb2.LabelReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -78,12 +78,34 @@ class InferReply(_message.Message):
     answers: _containers.RepeatedCompositeFieldContainer[InferAnswer]
     def __init__(self, answers: _Optional[_Iterable[_Union[InferAnswer, _Mapping]]] = ...) -> None: ...
 
+class Truth(_message.Message):
+    __slots__ = ("sample_id", "label")
+    SAMPLE_ID_FIELD_NUMBER: _ClassVar[int]
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    sample_id: str
+    label: str
+    def __init__(self, sample_id: _Optional[str] = ..., label: _Optional[str] = ...) -> None: ...
+
+class FeedbackRequest(_message.Message):
+    __slots__ = ("truths",)
+    TRUTHS_FIELD_NUMBER: _ClassVar[int]
+    truths: _containers.RepeatedCompositeFieldContainer[Truth]
+    def __init__(self, truths: _Optional[_Iterable[_Union[Truth, _Mapping]]] = ...) -> None: ...
+
+class FeedbackReply(_message.Message):
+    __slots__ = ("kept", "matched")
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    MATCHED_FIELD_NUMBER: _ClassVar[int]
+    kept: int
+    matched: int
+    def __init__(self, kept: _Optional[int] = ..., matched: _Optional[int] = ...) -> None: ...
+
 class StatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("bundle", "cloud", "answered_local", "answered_cloud", "answered_degraded", "spool_depth", "last_refusal", "epsilon")
+    __slots__ = ("bundle", "cloud", "answered_local", "answered_cloud", "answered_degraded", "spool_depth", "last_refusal", "epsilon", "guaranteed", "drift", "explored", "feedback")
     BUNDLE_FIELD_NUMBER: _ClassVar[int]
     CLOUD_FIELD_NUMBER: _ClassVar[int]
     ANSWERED_LOCAL_FIELD_NUMBER: _ClassVar[int]
@@ -92,6 +114,10 @@ class StatusReply(_message.Message):
     SPOOL_DEPTH_FIELD_NUMBER: _ClassVar[int]
     LAST_REFUSAL_FIELD_NUMBER: _ClassVar[int]
     EPSILON_FIELD_NUMBER: _ClassVar[int]
+    GUARANTEED_FIELD_NUMBER: _ClassVar[int]
+    DRIFT_FIELD_NUMBER: _ClassVar[int]
+    EXPLORED_FIELD_NUMBER: _ClassVar[int]
+    FEEDBACK_FIELD_NUMBER: _ClassVar[int]
     bundle: _bundle_pb2.BundleInfo
     cloud: str
     answered_local: int
@@ -100,4 +126,8 @@ class StatusReply(_message.Message):
     spool_depth: int
     last_refusal: str
     epsilon: float
-    def __init__(self, bundle: _Optional[_Union[_bundle_pb2.BundleInfo, _Mapping]] = ..., cloud: _Optional[str] = ..., answered_local: _Optional[int] = ..., answered_cloud: _Optional[int] = ..., answered_degraded: _Optional[int] = ..., spool_depth: _Optional[int] = ..., last_refusal: _Optional[str] = ..., epsilon: _Optional[float] = ...) -> None: ...
+    guaranteed: bool
+    drift: str
+    explored: int
+    feedback: int
+    def __init__(self, bundle: _Optional[_Union[_bundle_pb2.BundleInfo, _Mapping]] = ..., cloud: _Optional[str] = ..., answered_local: _Optional[int] = ..., answered_cloud: _Optional[int] = ..., answered_degraded: _Optional[int] = ..., spool_depth: _Optional[int] = ..., last_refusal: _Optional[str] = ..., epsilon: _Optional[float] = ..., guaranteed: bool = ..., drift: _Optional[str] = ..., explored: _Optional[int] = ..., feedback: _Optional[int] = ...) -> None: ...

@@ -44,6 +44,11 @@ class EdgeStub(object):
                 request_serializer=protos_dot_kcm_dot_v1_dot_edge__pb2.InferRequest.SerializeToString,
                 response_deserializer=protos_dot_kcm_dot_v1_dot_edge__pb2.InferReply.FromString,
                 _registered_method=True)
+        self.Feedback = channel.unary_unary(
+                '/kcm.v1.Edge/Feedback',
+                request_serializer=protos_dot_kcm_dot_v1_dot_edge__pb2.FeedbackRequest.SerializeToString,
+                response_deserializer=protos_dot_kcm_dot_v1_dot_edge__pb2.FeedbackReply.FromString,
+                _registered_method=True)
         self.Status = channel.unary_unary(
                 '/kcm.v1.Edge/Status',
                 request_serializer=protos_dot_kcm_dot_v1_dot_edge__pb2.StatusRequest.SerializeToString,
@@ -68,6 +73,14 @@ class EdgeServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Feedback(self, request, context):
+        """The truth about samples that were answered, where an application learns it. Kept until the cloud has it.
+        INVALID_ARGUMENT: an unknown label, an empty sample_id.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Status(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -86,6 +99,11 @@ def add_EdgeServicer_to_server(servicer, server):
                     servicer.InferStream,
                     request_deserializer=protos_dot_kcm_dot_v1_dot_edge__pb2.InferRequest.FromString,
                     response_serializer=protos_dot_kcm_dot_v1_dot_edge__pb2.InferReply.SerializeToString,
+            ),
+            'Feedback': grpc.unary_unary_rpc_method_handler(
+                    servicer.Feedback,
+                    request_deserializer=protos_dot_kcm_dot_v1_dot_edge__pb2.FeedbackRequest.FromString,
+                    response_serializer=protos_dot_kcm_dot_v1_dot_edge__pb2.FeedbackReply.SerializeToString,
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
@@ -147,6 +165,33 @@ class Edge(object):
             '/kcm.v1.Edge/InferStream',
             protos_dot_kcm_dot_v1_dot_edge__pb2.InferRequest.SerializeToString,
             protos_dot_kcm_dot_v1_dot_edge__pb2.InferReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Feedback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kcm.v1.Edge/Feedback',
+            protos_dot_kcm_dot_v1_dot_edge__pb2.FeedbackRequest.SerializeToString,
+            protos_dot_kcm_dot_v1_dot_edge__pb2.FeedbackReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -86,7 +86,7 @@ def test_a_model_that_yields_nan_escalates_without_a_hint(runtime: EdgeRuntime) 
         def run(self, inputs: Inputs) -> Outputs:
             ids = np.array([[0, 1, 2]], np.int64)
             nan = np.full((1, 4), np.nan, np.float32)
-            return Outputs(nan, ids, nan[:, :3], nan[:, 0])
+            return Outputs(nan, ids, nan[:, :3], nan[:, 0], nan[:, 0])
 
     broken = EdgeRuntime(
         manifest=runtime.manifest,

@@ -191,7 +191,7 @@ def test_golden_holds_some_training_texts_and_their_answers(tiny_run: Run, bundl
     assert golden["input_sums"].tolist() == [int(kind.preprocessor.encode(text)[0].sum(dtype=np.int64)) for text in texts]
 
 
-@pytest.mark.parametrize(("name", "change"), [("logits", 0.5), ("confidence", 0.01), ("input_sums", 1), ("top_ids", 1)])
+@pytest.mark.parametrize(("name", "change"), [("logits", 0.5), ("confidence", 0.01), ("score", 0.01), ("input_sums", 1), ("top_ids", 1)])
 def test_a_changed_golden_file_is_refused_by_the_device(copy: Path, name: str, change: float) -> None:
     with np.load(copy / "golden.npz", allow_pickle=False) as stored:
         golden = dict(stored)

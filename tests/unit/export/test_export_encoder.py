@@ -92,7 +92,7 @@ def test_an_encoders_graph_holds_plain_operators_and_nothing_of_this_machine(ber
     assert not {node.op_type for node in model.graph.node} & HOSTILE
     assert {entry.domain for entry in model.opset_import} == {""} and not model.functions
     assert [value.name for value in model.graph.input] == ["input_ids", "attention_mask"]
-    assert [value.name for value in model.graph.output] == ["logits", "top_ids", "top_probs", "confidence"]
+    assert [value.name for value in model.graph.output] == ["logits", "top_ids", "top_probs", "confidence", "score"]
     for trace in (b"stack_trace", b"pkg.torch", b"site-packages", str(bert).encode()):
         assert trace not in data
 

@@ -103,7 +103,13 @@ def compare(judge: str, vectors: bool, texts: list[str], candidates: int = 3) ->
     p = softmax(predictions.logits)
     assert out["top_probs"] == pytest.approx(-np.sort(-p, axis=1)[:, :candidates], abs=1e-4)
     assert np.take_along_axis(p, out["top_ids"], 1) == pytest.approx(out["top_probs"], abs=1e-4)
-    assert [out[name].dtype for name in ("logits", "top_ids", "top_probs", "confidence")] == [np.float32, np.int64, np.float32, np.float32]
+    assert [out[name].dtype for name in ("logits", "top_ids", "top_probs", "confidence", "score")] == [
+        np.float32,
+        np.int64,
+        np.float32,
+        np.float32,
+        np.float32,
+    ]
     return out
 
 
@@ -172,7 +178,7 @@ def test_names_order_and_dynamic_axes_are_the_contract() -> None:
         return value.name, [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
 
     assert [shape(v) for v in graph.input] == [("ids", ["B", "L"]), ("weights", ["B", "L"])]
-    wanted = [("logits", ["B", 3]), ("top_ids", ["B", 3]), ("top_probs", ["B", 3]), ("confidence", ["B"])]
+    wanted = [("logits", ["B", 3]), ("top_ids", ["B", 3]), ("top_probs", ["B", 3]), ("confidence", ["B"]), ("score", ["B"])]
     assert [shape(v) for v in graph.output] == wanted
 
 

@@ -9,7 +9,8 @@ import tomli_w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kcm.bundle import Calibration, GraphSpec, load_bundle, write_manifest
+from kcm.bundle import GraphSpec, load_bundle, write_manifest
+from kcm.calibration import Calibration
 from kcm.errors import BundleError
 from kcm.task import Task
 

@@ -59,7 +59,7 @@ def test_a_graph_on_tokens_goes_all_the_way_to_the_edge(tmp_path: Path, graph: G
     assert journey.report.labels == 0 and journey.report.decisions == journey.report.excused
     assert journey.bundle.files["tokenizer.json"] == tokenizer_json()
     fused = onnx.load_model_from_string(journey.bundle.model("fp32"))
-    assert [output.name for output in fused.graph.output] == ["logits", "top_ids", "top_probs", "confidence"]
+    assert [output.name for output in fused.graph.output] == ["logits", "top_ids", "top_probs", "confidence", "score"]
     assert {i.name: i.type.tensor_type.elem_type for i in fused.graph.input} == {
         "input_ids": TensorProto.INT64,
         "attention_mask": TensorProto.INT64,
