@@ -63,14 +63,14 @@ def export_bundle(run: Run, out: Path, *, golden_texts: list[str]) -> Manifest:
 def fuse(run: Run, candidates: int) -> bytes:
     """The fused graph of a run, serialised."""
     if isinstance(run.small, NgramModel):
-        return bytes(fuse_ngrams(run.small, run.judge, candidates).SerializeToString())
+        return bytes(fuse_ngrams(run.small, run.router, candidates).SerializeToString())
     if isinstance(run.small, EncoderHead):
         from export.encoder import fuse_encoder
 
-        return fuse_encoder(run.small, run.judge, candidates)
+        return fuse_encoder(run.small, run.router, candidates)
     from export.fixed import fuse_fixed
 
-    return fuse_fixed(run.small, run.judge, candidates)
+    return fuse_fixed(run.small, run.router, candidates)
 
 
 def tokenizer_json(run: Run) -> bytes:

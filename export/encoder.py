@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from export.fixed import TOKEN_INPUTS, append_to, token_counts
 from export.graph import OPSET
 from training.encoder import EncoderHead, Pooled
-from training.judge import Judge
+from training.select import Router
 from training.tokens import unknown_id
 
 
@@ -34,11 +34,11 @@ class _Logits(nn.Module):
         return logits
 
 
-def fuse_encoder(small: EncoderHead, judge: Judge, candidates: int) -> bytes:
+def fuse_encoder(small: EncoderHead, router: Router, candidates: int) -> bytes:
     """input_ids, attention_mask int64 [B, L] → logits, top_ids, top_probs, confidence, score; serialised."""
     model = trace(_Logits(small))
     counts = token_counts(unknown_id(small.tokenizer_json))
-    return append_to(model, "logits", TOKEN_INPUTS, counts, judge, len(small.bias), candidates)
+    return append_to(model, "logits", TOKEN_INPUTS, counts, router, len(small.bias), candidates)
 
 
 def trace(module: nn.Module) -> onnx.ModelProto:

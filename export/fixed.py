@@ -13,7 +13,7 @@ from export.judge import append_judge
 from export.nodes import Nodes
 from kcm.errors import ConfigError
 from training.fixed import ZERO_INPUTS, FixedGraph
-from training.judge import Judge
+from training.select import Router
 from training.tokens import unknown_id
 
 Counts = Callable[[Nodes], tuple[str, str]]  # adds nodes that give length [B, 1] and unknown [B, 1]
@@ -24,7 +24,7 @@ TOKEN_INPUTS = {"input_ids": TensorProto.INT64, "attention_mask": TensorProto.IN
 _NGRAM_INPUTS = {"ids": TensorProto.INT32, "weights": TensorProto.FLOAT}
 
 
-def fuse_fixed(small: FixedGraph, judge: Judge, candidates: int) -> bytes:
+def fuse_fixed(small: FixedGraph, router: Router, candidates: int) -> bytes:
     """The user's graph, as it is, with the judge's nodes behind its logits.
 
     Raises:
@@ -35,13 +35,13 @@ def fuse_fixed(small: FixedGraph, judge: Judge, candidates: int) -> bytes:
         inputs, counts = TOKEN_INPUTS, token_counts(unknown_id(small.tokenizer_json))
     else:
         inputs, counts = _NGRAM_INPUTS, word_counts(small.buckets)
-    return append_to(model, small.logits, inputs, counts, judge, small.classes, candidates)
+    return append_to(model, small.logits, inputs, counts, router, small.classes, candidates)
 
 
 def append_to(
-    model: onnx.ModelProto, logits: str, inputs: dict[str, int], counts: Counts, judge: Judge, classes: int, candidates: int
+    model: onnx.ModelProto, logits: str, inputs: dict[str, int], counts: Counts, router: Router, classes: int, candidates: int
 ) -> bytes:
-    """A graph that reads `inputs` (name → element type), all [B, L], and gives the bundle's four outputs; serialised.
+    """A graph that reads `inputs` (name → element type), all [B, L], and gives the bundle's five outputs; serialised.
 
     The graph's own inputs may be fewer, of another type, or among training.fixed.ZERO_INPUTS.
     """
@@ -59,7 +59,7 @@ def append_to(
     else:
         after("Cast", _PREFIX + logits, out="logits", to=TensorProto.FLOAT)
     length, unknown = counts(after)
-    append_judge(after, judge, "logits", length, unknown, candidates)
+    append_judge(after, router, "logits", length, unknown, candidates)
 
     nodes = [*before.nodes, *graph.node, *after.nodes]
     for field, values in (

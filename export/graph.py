@@ -11,14 +11,14 @@ from onnx import TensorProto, helper
 
 from export.judge import append_judge
 from export.nodes import Nodes
-from training.judge import Judge
 from training.ngrams import TINY, NgramModel
+from training.select import Router
 
 OPSET = 18
 IR_VERSION = 10
 
 
-def fuse_ngrams(small: NgramModel, judge: Judge, candidates: int) -> onnx.ModelProto:
+def fuse_ngrams(small: NgramModel, router: Router, candidates: int) -> onnx.ModelProto:
     """ids int32 [B, L], weights float32 [B, L] → logits, top_ids, top_probs, confidence, score.
 
     Mirrors NgramModel.forward.
@@ -46,7 +46,7 @@ def fuse_ngrams(small: NgramModel, judge: Judge, candidates: int) -> onnx.ModelP
     missing = nodes("Mul", word_float, nodes("Cast", nodes("Not", known), to=TensorProto.FLOAT))
     unknown = nodes("Div", nodes("ReduceSum", missing, np.array([1]), keepdims=1), nodes("Max", length, 1.0))
 
-    append_judge(nodes, judge, logits, length, unknown, candidates)
+    append_judge(nodes, router, logits, length, unknown, candidates)
     inputs = [
         helper.make_tensor_value_info("ids", TensorProto.INT32, ["B", "L"]),
         helper.make_tensor_value_info("weights", TensorProto.FLOAT, ["B", "L"]),

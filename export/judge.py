@@ -5,16 +5,20 @@ from __future__ import annotations
 import numpy as np
 from torch import nn
 
+from export.kan import append_kan
 from export.nodes import Nodes
-from training.judge import LOWEST, REST, Judge
-from training.kan import KanLayer, SaturatingForm
+from training.heads import EDGE, OutcomeHead
+from training.judge import LOWEST, REST
+from training.kan import KanLayer
+from training.select import Router
 
 
-def append_judge(nodes: Nodes, judge: Judge, logits: str, length: str, unknown: str, candidates: int) -> None:
-    """From logits [B, C], length [B, 1] and unknown [B, 1], names of values, to the outputs top_ids, top_probs and confidence.
+def append_judge(nodes: Nodes, router: Router, logits: str, length: str, unknown: str, candidates: int) -> None:
+    """From logits [B, C], length [B, 1] and unknown [B, 1], names of values, to the outputs top_ids, top_probs, confidence and score.
 
-    Mirrors training.judge.features and Judge.forward; `kcm verify` holds them to each other.
+    Mirrors training.judge.features, Judge.forward and Router.score; `kcm verify` holds them to each other.
     """
+    judge = router.judge
     log_p = nodes("LogSoftmax", logits, axis=1)
     width = max(judge.ranks, candidates, 2)
     ranked, ids = nodes("TopK", log_p, np.array([width]), axis=1, outputs=2)
@@ -35,11 +39,40 @@ def append_judge(nodes: Nodes, judge: Judge, logits: str, length: str, unknown: 
     log_length = nodes("Log", nodes("Add", length, 1.0))
     largest = nodes("ReduceMax", logits, np.array([1]), keepdims=1)
     x = nodes("Concat", _first(nodes, top, width, ranks), entropy, margin, log_length, unknown, largest, axis=1)
+    added = x
     for layer in judge.layers:
-        x = _layer(nodes, layer, x)
-    confidence = _first(nodes, nodes("Softmax", nodes("Add", prior, x), axis=1), ranks + 1, 1)
+        added = _layer(nodes, layer, added)
+    confidence = _first(nodes, nodes("Softmax", nodes("Add", prior, added), axis=1), ranks + 1, 1)
     nodes("Squeeze", confidence, np.array([1]), out="confidence")
-    nodes("Identity", "confidence", out="score")
+    p = nodes("Exp", _first(nodes, top_scaled, ranks, 1))  # [B, 1]: tempered max-softmax
+    if router.choice.head == "confidence":
+        nodes("Identity", "confidence", out="score")
+    elif router.choice.head == "max-softmax":
+        nodes("Squeeze", p, np.array([1]), out="score")
+    else:
+        assert router.outcome is not None
+        _outcome(nodes, router.outcome, x, p, _first(nodes, ids, width, 1))
+
+
+def _outcome(nodes: Nodes, head: OutcomeHead, x: str, p: str, best: str) -> None:
+    """The score of a head of correctness or benefit from features [B, F], tempered max-softmax [B, 1] and the answer's id [B, 1].
+
+    Mirrors OutcomeHead.forward and OutcomeHead.score.
+    """
+    p = nodes("Clip", p, EDGE, 1 - EDGE)
+    q = nodes("Sub", 1.0, p)
+    if head.kind == "correctness":
+        prior = nodes("Log", nodes("Concat", q, p, axis=1))
+    else:
+        benefit, hurt = nodes("Mul", q, float(head.rates[0])), nodes("Mul", p, float(1 - head.rates[1]))
+        prior = nodes("Log", nodes("Concat", hurt, nodes("Sub", nodes("Sub", 1.0, hurt), benefit), benefit, axis=1))
+    for layer in head.layers:
+        x = _layer(nodes, layer, x)
+    by_class = nodes("Gather", head.classes.detach().numpy(), nodes("Squeeze", best, np.array([1])))
+    out = nodes("Softmax", nodes("Add", nodes("Add", prior, x), by_class), axis=1)
+    # The score is a weighted sum of the outcomes' probabilities: of P(right), or of (1 + P(hurt) − P(benefit)) / 2.
+    worth = [[0.0], [1.0]] if head.kind == "correctness" else [[1.0], [0.5], [0.0]]
+    nodes("Squeeze", nodes("MatMul", out, np.array(worth, np.float32)), np.array([1]), out="score")
 
 
 def _first(nodes: Nodes, value: str, width: int, count: int, out: str = "") -> str:
@@ -53,15 +86,10 @@ def _first(nodes: Nodes, value: str, width: int, count: int, out: str = "") -> s
 
 
 def _layer(nodes: Nodes, layer: nn.Module, x: str) -> str:
-    """One layer of a KAN in form S or R (five nodes, whose clip ONNX Runtime fuses into the Gemm), or of an MLP."""
+    """One layer of a KAN or of an MLP."""
     y: str
     if isinstance(layer, KanLayer):
-        form = SaturatingForm(layer)
-        y = nodes("Gemm", x, form.affine.T.astype(np.float32), form.offset.astype(np.float32))
-        y = nodes("Clip", y, 0.0, 1.0)
-        if form.power == 3:
-            y = nodes("Mul", nodes("Mul", y, y), y)
-        return str(nodes("Gemm", y, form.weight.T.astype(np.float32), form.bias.astype(np.float32)))
+        return append_kan(nodes, layer, x)
     if isinstance(layer, nn.BatchNorm1d):
         assert layer.running_mean is not None and layer.running_var is not None
         scale = (1 / (layer.running_var + layer.eps).sqrt()).numpy()

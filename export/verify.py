@@ -15,7 +15,7 @@ from training.run import Run
 from training.small import Small
 
 LOGITS = 1e-3  # relative to the largest logit
-CONFIDENCE = 1e-3  # a decision may differ only where C_x lies this near to ε
+CONFIDENCE = 1e-3  # and of the routing score: a decision may differ only where it lies this near to ε
 _BATCH = 32
 
 
@@ -26,6 +26,7 @@ class Report:
     samples: int
     logits_error: float
     confidence_error: float
+    score_error: float
     labels: int
     decisions: int
     excused: int
@@ -38,7 +39,7 @@ def verify(run: Run, kind: Small, bundle: Bundle, texts: list[str]) -> Report:
     """Compare the run in torch with the bundle's fp32 graph on `texts`.
 
     Raises:
-        VerifyError: logits, labels, C_x or a decision differ beyond the bars, or the bundle is of another run.
+        VerifyError: logits, labels, C_x, the routing score or a decision differ beyond the bars, or the bundle is of another run.
     """
     if bundle.task.label_space != run.task.label_space:
         raise VerifyError(f"{bundle.path} has other labels than the run")
@@ -51,14 +52,14 @@ def verify(run: Run, kind: Small, bundle: Bundle, texts: list[str]) -> Report:
     if tokenizer_json(run) != bundle.files.get("tokenizer.json", b""):
         raise VerifyError(f"{bundle.path} has another tokenizer.json than the run")
     predictions = kind.predict(run.small, kind.featurise(texts))
-    confidence = run.judge.confidence(predictions)
+    confidence, score = run.judge.confidence(predictions), run.score(predictions)
     preprocessor = load_preprocessor(bundle.task.preprocess, bundle.files)
     session = Session(bundle.model("fp32"))
     parts = [session.run(preprocessor.batch(texts[i : i + _BATCH])) for i in range(0, len(texts), _BATCH)]
-    logits, c, top = (np.concatenate([part[name] for part in parts]) for name in ("logits", "confidence", "top_ids"))
+    logits, c, s, top = (np.concatenate([part[name] for part in parts]) for name in ("logits", "confidence", "score", "top_ids"))
 
-    moved = (c > epsilon) != (confidence > epsilon)
-    excused = moved & (np.abs(confidence - epsilon) < CONFIDENCE)
+    moved = (s > epsilon) != (score > epsilon)
+    excused = moved & (np.abs(score - epsilon) < CONFIDENCE)
     # A tie between two labels may break either way; a label that leads by more than the bar may not change.
     scale = max(1.0, float(np.abs(predictions.logits).max()))
     lead = np.take_along_axis(predictions.logits, top[:, :1], 1)[:, 0] >= predictions.logits.max(1) - 2 * LOGITS * scale
@@ -66,6 +67,7 @@ def verify(run: Run, kind: Small, bundle: Bundle, texts: list[str]) -> Report:
         samples=len(texts),
         logits_error=float(np.abs(logits - predictions.logits).max()) / scale,
         confidence_error=float(np.abs(c - confidence).max()),
+        score_error=float(np.abs(s - score).max()),
         labels=int((~lead).sum()),
         decisions=int(moved.sum()),
         excused=int(excused.sum()),
@@ -74,6 +76,7 @@ def verify(run: Run, kind: Small, bundle: Bundle, texts: list[str]) -> Report:
         # not >: a NaN differs too
         f"logits differ by {report.logits_error:.2e} (bar {LOGITS:g})" if not report.logits_error <= LOGITS else "",
         f"C_x differs by {report.confidence_error:.2e} (bar {CONFIDENCE:g})" if not report.confidence_error <= CONFIDENCE else "",
+        f"the routing score differs by {report.score_error:.2e} (bar {CONFIDENCE:g})" if not report.score_error <= CONFIDENCE else "",
         f"{report.labels} answers differ" if report.labels else "",
         f"{report.decisions - report.excused} decisions differ away from ε" if report.decisions > report.excused else "",
     ]

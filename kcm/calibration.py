@@ -15,7 +15,7 @@ Arm = Literal["none", "candidates", "assertion"]
 
 
 class HeadEvidence(msgspec.Struct, frozen=True, kw_only=True):
-    """A head on the selection split: mean accuracy at 10, 20, 30 and 40 % cloud calls; the difference is to max-softmax, with its 95 % interval."""
+    """A head on the selection split: mean accuracy at 10 to 40 % cloud calls; the difference is to max-softmax, 95 % interval."""
 
     accuracy: float
     difference: float = 0.0

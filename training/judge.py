@@ -78,20 +78,7 @@ class Judge(nn.Module):
         super().__init__()
         self.spec, self.ranks = spec, min(spec.ranks, classes)
         self.register_buffer("temperature", torch.ones(()))
-        inputs, outputs = self.ranks + 5, self.ranks + 1
-        if spec.kind == "mlp":
-            wide = mlp_width(spec, inputs, outputs)
-            self.layers = nn.Sequential(nn.BatchNorm1d(inputs, affine=False), nn.Linear(inputs, wide), nn.ReLU(), nn.Linear(wide, outputs))
-        elif spec.hidden:
-            self.layers = nn.Sequential(
-                KanLayer(inputs, spec.hidden, grid=spec.grid, degree=spec.degree),
-                KanLayer(spec.hidden, outputs, grid=spec.grid, degree=spec.degree),
-            )
-        else:
-            self.layers = nn.Sequential(KanLayer(inputs, outputs, grid=spec.grid, degree=spec.degree))
-        last = self.layers[-1]
-        for parameter in last.parameters():  # start as the prior
-            nn.init.zeros_(parameter)
+        self.layers = build_layers(spec, self.ranks + len(FEATURES), self.ranks + 1)
         self.eval()  # BatchNorm holds the fitting split's statistics, set once: no batch ever moves them
 
     def forward(self, logits: Tensor, length: Tensor, unknown: Tensor) -> Tensor:
@@ -103,6 +90,23 @@ class Judge(nn.Module):
         with torch.inference_mode():
             c: Float32 = self(*predictions.tensors())[:, 0].exp().numpy()
         return c
+
+
+def build_layers(spec: JudgeSpec, inputs: int, outputs: int) -> nn.Sequential:
+    """The spec's network [B, inputs] → [B, outputs], its last layer zero: what a head adds to its prior is nothing at first."""
+    if spec.kind == "mlp":
+        wide = mlp_width(spec, inputs, outputs)
+        layers = nn.Sequential(nn.BatchNorm1d(inputs, affine=False), nn.Linear(inputs, wide), nn.ReLU(), nn.Linear(wide, outputs))
+    elif spec.hidden:
+        layers = nn.Sequential(
+            KanLayer(inputs, spec.hidden, grid=spec.grid, degree=spec.degree),
+            KanLayer(spec.hidden, outputs, grid=spec.grid, degree=spec.degree),
+        )
+    else:
+        layers = nn.Sequential(KanLayer(inputs, outputs, grid=spec.grid, degree=spec.degree))
+    for parameter in layers[-1].parameters():
+        nn.init.zeros_(parameter)
+    return layers
 
 
 def mlp_width(spec: JudgeSpec, inputs: int, outputs: int) -> int:
@@ -135,7 +139,7 @@ def fit_judge(spec: JudgeSpec, out_of_fold: Predictions, targets: Float32, seed:
     hard = harden(targets)
     judge.temperature.fill_(fit_temperature(out_of_fold.logits, hard))
     inputs = features(*out_of_fold.tensors(), judge.ranks)
-    _normalise_by(judge.layers[0], inputs)
+    normalise_by(judge.layers[0], inputs)
     base = prior(torch.from_numpy(out_of_fold.logits), judge.temperature, judge.ranks)
     wanted = torch.from_numpy(rank_targets(out_of_fold.logits, hard, judge.ranks))
     parameters = list(judge.parameters())
@@ -155,7 +159,7 @@ def fit_judge(spec: JudgeSpec, out_of_fold: Predictions, targets: Float32, seed:
     return judge
 
 
-def _normalise_by(layer: nn.Module, x: Tensor) -> None:
+def normalise_by(layer: nn.Module, x: Tensor) -> None:
     """Set the first layer's BatchNorm to the statistics of x [N, in]; deeper layers keep mean 0, variance 1."""
     norm = layer.norm if isinstance(layer, KanLayer) else layer
     assert isinstance(norm, nn.BatchNorm1d) and norm.running_mean is not None and norm.running_var is not None

@@ -1,6 +1,7 @@
 """A training run on disk: what `kcm train` and `kcm distill` write, and calibrate, export and the next round read.
 
 run.json  small.safetensors  judge.safetensors  predictions.safetensors  examples.jsonl  calibration.json  metrics.json
+head.safetensors, where `kcm calibrate` chose a head that is fitted on outcomes
 A run of the user's own graph holds small.onnx (and tokenizer.json) in place of small.safetensors.
 """
 
@@ -22,11 +23,14 @@ from kcm.errors import ConfigError
 from kcm.task import Task
 from training.encoder import EncoderHead
 from training.fixed import FixedGraph
+from training.heads import OutcomeHead
 from training.judge import Judge, Predictions
 from training.ngrams import NgramModel
+from training.select import Router
 
 Float32 = NDArray[np.float32]
 SCHEMA = 1
+HEAD = "head.safetensors"
 
 
 class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,6 +63,15 @@ class Run:
     labelled: NDArray[np.bool_]
     threshold: Threshold
     metrics: dict[str, Any] = field(default_factory=dict)
+    head: OutcomeHead | None = None  # the head of correctness or benefit, where calibration chose one
+
+    @property
+    def router(self) -> Router:
+        return Router(self.judge, self.threshold.head, self.head)
+
+    def score(self, predictions: Predictions) -> Float32:
+        """The routing score [N]: above ε the small model answers."""
+        return self.router.score(predictions)
 
     @property
     def task(self) -> Task:
@@ -92,12 +105,24 @@ def save_run(folder: Path, run: Run) -> None:
     with (folder / "examples.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in run.texts)
     (folder / "metrics.json").write_text(json.dumps({"schema": SCHEMA, **run.metrics}, indent=1))
-    save_threshold(folder, run.threshold)
+    save_calibrated(folder, run)
     (folder / "run.json").write_bytes(msgspec.json.format(msgspec.json.encode(run.info), indent=1))
 
 
-def save_threshold(folder: Path, threshold: Threshold) -> None:
-    (folder / "calibration.json").write_bytes(msgspec.json.format(msgspec.json.encode(threshold), indent=1))
+def save_calibrated(folder: Path, run: Run) -> None:
+    """Write what calibration may change: threshold, and the head that it stands on. A cut in between leaves a run that says so."""
+    from safetensors.numpy import save_file
+
+    target = folder / HEAD
+    if run.head is None:
+        target.unlink(missing_ok=True)
+    else:
+        arrays = {name: tensor.numpy() for name, tensor in run.head.state_dict().items()}
+        save_file(arrays, folder / ".building")
+        (folder / ".building").replace(target)
+    building = folder / ".calibration.building"
+    building.write_bytes(msgspec.json.format(msgspec.json.encode(run.threshold), indent=1))
+    building.replace(folder / "calibration.json")
 
 
 def load_run(folder: Path) -> Run:
@@ -122,6 +147,7 @@ def load_run(folder: Path) -> Run:
         texts = [json.loads(line)["text"] for line in (folder / "examples.jsonl").read_text(encoding="utf-8").split("\n") if line]
         metrics = json.loads((folder / "metrics.json").read_text())
         small = load_small(folder, info.task)
+        head = _load_head(folder, info.task, threshold)
     except (OSError, KeyError, msgspec.DecodeError, json.JSONDecodeError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{folder} can't be read as a run: {error}") from error
     return Run(
@@ -135,7 +161,19 @@ def load_run(folder: Path) -> Run:
         labelled=arrays["labelled"].astype(bool),
         threshold=threshold,
         metrics=metrics,
+        head=head,
     )
+
+
+def _load_head(folder: Path, task: Task, threshold: Threshold) -> OutcomeHead | None:
+    from safetensors.numpy import load_file
+
+    kind = threshold.head.head
+    if kind != "correctness" and kind != "benefit":
+        return None
+    head = OutcomeHead(task.judge, kind, len(task.labels))
+    head.load_state_dict({name: torch.from_numpy(array) for name, array in load_file(folder / HEAD).items()})
+    return head.eval()
 
 
 def save_small(folder: Path, small: Any) -> None:

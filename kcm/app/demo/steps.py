@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from kcm.app.calibrate import scores
 from kcm.app.demo.display import watching
 from kcm.app.demo.processes import running
 from kcm.app.demo.traffic import Pass, stream, wait_for_bundle
-from kcm.app.export import confidences, export_run
+from kcm.app.distill import held_back_texts
+from kcm.app.export import export_run
 from kcm.app.models import LargeInProcess, load_small_kind
 from kcm.app.progress import Steps
-from kcm.app.train import held_back_texts
 from kcm.errors import UnavailableError
 from kcm.sample import Route
 from kcm.task import Task
@@ -122,7 +123,8 @@ class Demo:
         steps("starting kcm cloud and kcm edge")
         cloud_arguments = ("--task", self._task.root, "--large", str(folder / "large"), "--store", str(folder / "store"))
         with running("cloud", *cloud_arguments, "--listen", "127.0.0.1:0", log=folder / "cloud.log") as cloud:
-            edge_arguments = ("--store", str(self._bundles), "--state", str(folder / "edge"), "--deadline-ms", "60000")
+            # Nothing explored: it would reach the store, and the cloud beside the compared passes, when chance has it.
+            edge_arguments = ("--store", str(self._bundles), "--state", str(folder / "edge"), "--deadline-ms", "60000", "--explore", "0")
             with running("edge", *edge_arguments, "--listen", "127.0.0.1:0", "--cloud", cloud, log=folder / "edge.log") as edge:
                 return self._serve(edge, first, kind, large)
 
@@ -160,8 +162,8 @@ class Demo:
         )
 
     def _curve(self, run: Run, kind: Small) -> Curve:
-        confidence, answers = confidences(run, kind, self._parts.test.texts)
-        return Curve(confidence, answers == self._parts.test.y)
+        score, answers = scores(run, kind, self._parts.test.texts)
+        return Curve(score, answers == self._parts.test.y)
 
     def _pass(self, edge: str, title: str, split: Split, *, asked: Route = Route.AUTO, batch: int = 1) -> Pass:
         truth = split.labels if split.labels is not None else np.full(len(split), -1)
@@ -170,9 +172,9 @@ class Demo:
 
     def _calibrated(self, run: Run, kind: Small, large: LargeInProcess, split: Split) -> Run:
         """ε with the fewest calls that is at most BELOW_LARGE less accurate than the large model on labels that were kept back."""
-        confidence, answers = confidences(run, kind, split.texts)
+        score, answers = scores(run, kind, split.texts)
         large_right = large.logits(split.texts).argmax(1) == split.y
-        threshold = for_accuracy(confidence, answers == split.y, large_right, float(large_right.mean()) - BELOW_LARGE)
+        threshold = for_accuracy(score, answers == split.y, large_right, float(large_right.mean()) - BELOW_LARGE)
         return replace(run, threshold=threshold)
 
     def _install(self, run: Run, name: str) -> None:
@@ -191,17 +193,17 @@ class Demo:
     def _distil(self, first: Run, kind: Small, large: LargeInProcess) -> Run:
         from training.teacher_rows import read_lessons
 
-        texts, logits, teacher = read_lessons(self._folder / "store", self._task, held_back=held_back_texts(self._task))
+        lessons = read_lessons(self._folder / "store", self._task, held_back=held_back_texts(self._task))
         parent = (self._folder / "runs" / "round-0" / "bundle_id").read_text()
         new = distil_run(
             first,
             kind,
             self._parts.train,
             None,
-            texts,
-            logits,
+            lessons.texts,
+            lessons.logits,
             parent=parent,
-            teacher_id=teacher,
+            teacher_id=lessons.teacher_id,
             gauge=(large.logits(self._parts.early.texts), self._parts.early.y),
             seed=self._seed,
             progress=self._steps,

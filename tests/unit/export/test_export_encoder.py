@@ -20,6 +20,7 @@ from training.encoder import Encoder
 from training.fit import one_hot
 from training.fixed import Fixed, FixedGraph
 from training.judge import Judge
+from training.select import Router
 from training.small import Examples, Small
 
 TEXTS = ["oil zyx wvu", "the price of steel rose", "", "profit " * 30, "the company said"]
@@ -56,12 +57,12 @@ def cases(bert: Path, folder: Path) -> Iterator[tuple[Small, object, bytes, Judg
     judge = stirred_judge()
     encoder = encoder_kind(bert)
     head = encoder.fit(_examples(encoder))
-    yield encoder, head, fuse_encoder(head, judge, 3), judge
+    yield encoder, head, fuse_encoder(head, Router(judge), 3), judge
     tokens = fixed_kind(folder, Graph(), {"kind": "tokenizer", "tokenizer": "tokenizer.json", "max_tokens": 20})
-    yield tokens, tokens.graph, fuse_fixed(tokens.graph, judge, 3), judge
+    yield tokens, tokens.graph, fuse_fixed(tokens.graph, Router(judge), 3), judge
     ngrams = Graph(first="ids", second="weights", integer=TensorProto.INT32, weight=TensorProto.FLOAT)
     hashed = fixed_kind(folder, ngrams, {"kind": "ngrams", "buckets": 2**10})
-    yield hashed, hashed.graph, fuse_fixed(hashed.graph, judge, 3), judge
+    yield hashed, hashed.graph, fuse_fixed(hashed.graph, Router(judge), 3), judge
 
 
 def _examples(kind: Small) -> Examples:
@@ -87,7 +88,7 @@ def test_the_graph_reads_length_and_unknown_as_training_does(bert: Path, tmp_pat
 
 def test_an_encoders_graph_holds_plain_operators_and_nothing_of_this_machine(bert: Path) -> None:
     encoder = encoder_kind(bert)
-    data = fuse_encoder(encoder.fit(_examples(encoder)), stirred_judge(), 3)
+    data = fuse_encoder(encoder.fit(_examples(encoder)), Router(stirred_judge()), 3)
     model = onnx.load_model_from_string(data)
     assert not {node.op_type for node in model.graph.node} & HOSTILE
     assert {entry.domain for entry in model.opset_import} == {""} and not model.functions
@@ -102,4 +103,4 @@ def test_an_old_graph_that_can_not_be_converted_says_so(tmp_path: Path) -> None:
     model.graph.node[0].op_type = "NoSuchOperator"
     small = FixedGraph(model.SerializeToString(), "logits", len(LABELS), tokenizer_json(), 0)
     with pytest.raises(ConfigError, match="has opset 13, and conversion to 18 fails"):
-        fuse_fixed(small, stirred_judge(), 3)
+        fuse_fixed(small, Router(stirred_judge()), 3)

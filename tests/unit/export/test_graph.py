@@ -20,6 +20,7 @@ from kcm.task import JudgeSpec, PreprocessSpec
 from training.fit import one_hot, softmax
 from training.judge import Judge, Predictions, fit_judge
 from training.ngrams import NgramModel, distil_words, encode, fit_ngrams
+from training.select import Router, Selection, choose
 
 PREPROCESSOR = NgramPreprocessor(PreprocessSpec(buckets=2**10))
 JUDGES = {
@@ -82,6 +83,11 @@ def models(judge: str, vectors: bool) -> tuple[NgramModel, Judge]:
     return small, fit_judge(JUDGES[judge], predictions, one_hot(labels, len(LABELS)))
 
 
+def routed(judge: str, vectors: bool) -> tuple[NgramModel, Router]:
+    small, judged = models(judge, vectors)
+    return small, Router(judged)
+
+
 def predict(small: NgramModel, texts: list[str]) -> Predictions:
     inputs = PREPROCESSOR.batch(texts)
     with torch.inference_mode():
@@ -90,7 +96,8 @@ def predict(small: NgramModel, texts: list[str]) -> Predictions:
 
 @cache
 def session(judge: str, vectors: bool, candidates: int = 3) -> Session:
-    return Session(fuse_ngrams(*models(judge, vectors), candidates).SerializeToString())
+    small, judged = models(judge, vectors)
+    return Session(fuse_ngrams(small, Router(judged), candidates).SerializeToString())
 
 
 def compare(judge: str, vectors: bool, texts: list[str], candidates: int = 3) -> dict[str, Any]:
@@ -121,6 +128,26 @@ def test_these_judges_listen_to_length_and_unknown_words(judge: str) -> None:
     as_is = judged.confidence(p)
     assert np.abs(judged.confidence(Predictions(p.logits, p.length + 15, p.unknown)) - as_is).max() > 0.02
     assert np.abs(judged.confidence(Predictions(p.logits, p.length, p.unknown + 0.3)) - as_is).max() > 0.02
+
+
+@pytest.mark.parametrize("judge", ["kan", "kan hidden", "mlp"])
+@pytest.mark.parametrize("head", ["confidence", "max-softmax", "correctness", "benefit"])
+def test_the_score_is_that_of_the_chosen_head(judge: str, head: str) -> None:
+    small, judged = models(judge, True)
+    fresh = split(400, seed=5)
+    given = predict(small, fresh.texts)
+    rng = np.random.default_rng(0)
+    # The large model knows one label hardly ever, and fails on unknown words: what the prior can't say.
+    answer = given.logits.argmax(1)
+    large_right = rng.random(len(fresh)) < np.where(answer == 1, 0.1, np.where(given.unknown > 0, 0.3, 0.95))
+    router = choose(judged, head, Selection(given, answer == fresh.y, large_right))
+    session = Session(fuse_ngrams(small, router, 3).SerializeToString())
+    texts = [*split(90, seed=9).texts, "", "zyx wvu"]
+    score = router.score(predict(small, texts))
+    assert session.run(PREPROCESSOR.batch(texts))["score"] == pytest.approx(score, abs=2e-4)
+    assert score.min() >= 0 and score.max() <= 1
+    if head not in ("confidence", "max-softmax"):
+        assert np.abs(score - choose(judged, "max-softmax", None).score(predict(small, texts))).max() > 0.05
 
 
 @pytest.mark.parametrize("vectors", [False, True], ids=["plain", "vectors"])
@@ -165,14 +192,14 @@ def test_padding_changes_nothing() -> None:
 @pytest.mark.parametrize("vectors", [False, True], ids=["plain", "vectors"])
 @pytest.mark.parametrize("judge", JUDGES)
 def test_only_plain_operators_in_one_opset(judge: str, vectors: bool) -> None:
-    model = fuse_ngrams(*models(judge, vectors), 3)
+    model = fuse_ngrams(*routed(judge, vectors), 3)
     assert {node.op_type for node in model.graph.node} <= PLAIN
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)]
     onnx.checker.check_model(model, full_check=True)
 
 
 def test_names_order_and_dynamic_axes_are_the_contract() -> None:
-    graph = fuse_ngrams(*models("kan", True), 3).graph
+    graph = fuse_ngrams(*routed("kan", True), 3).graph
 
     def shape(value: onnx.ValueInfoProto) -> tuple[str, list[str | int]]:
         return value.name, [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
@@ -183,5 +210,5 @@ def test_names_order_and_dynamic_axes_are_the_contract() -> None:
 
 
 def test_the_same_model_gives_the_same_bytes() -> None:
-    one, two = (fuse_ngrams(*models("kan", True), 3).SerializeToString() for _ in range(2))
+    one, two = (fuse_ngrams(*routed("kan", True), 3).SerializeToString() for _ in range(2))
     assert one == two
