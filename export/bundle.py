@@ -101,10 +101,11 @@ def calibrated(threshold: Threshold, identity: str) -> Calibration:
 
 
 def calibration_id(run: Run, model: bytes, precision: str) -> str:
-    """What a calibration holds for: graph, precision, preprocessing, label space, teacher, prompt (DESIGN: The judge)."""
-    task = run.task
-    parts = [hashlib.sha256(model).hexdigest(), precision, task.label_space, run.info.teacher_id]
-    parts += [msgspec.json.encode(part).decode() for part in (task.preprocess, task.prompt)]
+    """What a calibration holds for: graph (head and temperature in it), precision, preprocessing, labels, teacher, prompt, hint gate."""
+    task, threshold = run.task, run.threshold
+    parts = [hashlib.sha256(model).hexdigest(), precision, task.label_space, run.info.teacher_id, threshold.teacher_id, threshold.prompt_id]
+    gate = (threshold.hint.arm, threshold.hint.lowest)
+    parts += [msgspec.json.encode(part).decode() for part in (task.preprocess, task.prompt, gate)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -118,6 +119,18 @@ def model_card(run: Run, size: int) -> str:
         f"- fitted on {labelled} labelled texts and {len(run.labelled) - labelled} that the large model answered"
         f" (`{run.info.teacher_id or 'none'}`), seed {run.info.seed}\n"
         f"- ε = {threshold.epsilon:.4f} by {threshold.method}{rate}\n"
+        f"- routes by {threshold.head.head}: {threshold.head.reason}\n"
+        f"- hint: {threshold.hint.arm} ({threshold.hint.reason})\n"
+        f"- promise: {_promised(threshold)}\n"
         f"- made by kcm {run.info.kcm_version}; parent bundle `{run.info.parent or 'none'}`\n"
         f"- golden.npz carries up to {GOLDEN} texts of the training data in the clear\n"
+    )
+
+
+def _promised(threshold: Threshold) -> str:
+    if threshold.guarantee is None:
+        return "none"
+    promise = threshold.guarantee
+    return (
+        f"at most {100 * promise.max_drop:g} points below the large model `{threshold.teacher_id}` with {promise.confidence:.0%} confidence"
     )

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import numpy as np
+from onnx import TensorProto
 from torch import nn
 
-from export.kan import append_kan
+from export.kan import DTYPES, append_kan
 from export.nodes import Nodes
 from training.heads import EDGE, OutcomeHead
 from training.judge import LOWEST, REST
 from training.kan import KanLayer
+from training.kan_forms import Precision
 from training.select import Router
 
 
-def append_judge(nodes: Nodes, router: Router, logits: str, length: str, unknown: str, candidates: int) -> None:
+def append_judge(
+    nodes: Nodes, router: Router, logits: str, length: str, unknown: str, candidates: int, precision: Precision = "fp32"
+) -> None:
     """From logits [B, C], length [B, 1] and unknown [B, 1], names of values, to the outputs top_ids, top_probs, confidence and score.
 
     Mirrors training.judge.features, Judge.forward and Router.score; `kcm verify` holds them to each other.
+
+    Args:
+        precision: of the layers; probabilities and logarithms around them are always fp32.
     """
     judge = router.judge
     log_p = nodes("LogSoftmax", logits, axis=1)
@@ -39,9 +46,7 @@ def append_judge(nodes: Nodes, router: Router, logits: str, length: str, unknown
     log_length = nodes("Log", nodes("Add", length, 1.0))
     largest = nodes("ReduceMax", logits, np.array([1]), keepdims=1)
     x = nodes("Concat", _first(nodes, top, width, ranks), entropy, margin, log_length, unknown, largest, axis=1)
-    added = x
-    for layer in judge.layers:
-        added = _layer(nodes, layer, added)
+    added = _layers(nodes, judge.layers, x, precision)
     confidence = _first(nodes, nodes("Softmax", nodes("Add", prior, added), axis=1), ranks + 1, 1)
     nodes("Squeeze", confidence, np.array([1]), out="confidence")
     p = nodes("Exp", _first(nodes, top_scaled, ranks, 1))  # [B, 1]: tempered max-softmax
@@ -51,10 +56,10 @@ def append_judge(nodes: Nodes, router: Router, logits: str, length: str, unknown
         nodes("Squeeze", p, np.array([1]), out="score")
     else:
         assert router.outcome is not None
-        _outcome(nodes, router.outcome, x, p, _first(nodes, ids, width, 1))
+        _outcome(nodes, router.outcome, x, p, _first(nodes, ids, width, 1), precision)
 
 
-def _outcome(nodes: Nodes, head: OutcomeHead, x: str, p: str, best: str) -> None:
+def _outcome(nodes: Nodes, head: OutcomeHead, x: str, p: str, best: str, precision: Precision) -> None:
     """The score of a head of correctness or benefit from features [B, F], tempered max-softmax [B, 1] and the answer's id [B, 1].
 
     Mirrors OutcomeHead.forward and OutcomeHead.score.
@@ -66,8 +71,7 @@ def _outcome(nodes: Nodes, head: OutcomeHead, x: str, p: str, best: str) -> None
     else:
         benefit, hurt = nodes("Mul", q, float(head.rates[0])), nodes("Mul", p, float(1 - head.rates[1]))
         prior = nodes("Log", nodes("Concat", hurt, nodes("Sub", nodes("Sub", 1.0, hurt), benefit), benefit, axis=1))
-    for layer in head.layers:
-        x = _layer(nodes, layer, x)
+    x = _layers(nodes, head.layers, x, precision)
     by_class = nodes("Gather", head.classes.detach().numpy(), nodes("Squeeze", best, np.array([1])))
     out = nodes("Softmax", nodes("Add", nodes("Add", prior, x), by_class), axis=1)
     # The score is a weighted sum of the outcomes' probabilities: of P(right), or of (1 + P(hurt) − P(benefit)) / 2.
@@ -85,17 +89,24 @@ def _first(nodes: Nodes, value: str, width: int, count: int, out: str = "") -> s
     return name
 
 
-def _layer(nodes: Nodes, layer: nn.Module, x: str) -> str:
-    """One layer of a KAN or of an MLP."""
-    y: str
-    if isinstance(layer, KanLayer):
-        return append_kan(nodes, layer, x)
+def _layers(nodes: Nodes, layers: nn.Sequential, x: str, precision: Precision) -> str:
+    """What the layers make of fp32 features x [B, F], as fp32."""
+    if precision == "fp16":
+        x = nodes("Cast", x, to=TensorProto.FLOAT16)
+    for layer in layers:
+        x = append_kan(nodes, layer, x, precision) if isinstance(layer, KanLayer) else _dense(nodes, layer, x, precision)
+    return nodes("Cast", x, to=TensorProto.FLOAT) if precision == "fp16" else x
+
+
+def _dense(nodes: Nodes, layer: nn.Module, x: str, precision: Precision) -> str:
+    """One layer of an MLP."""
+    dtype, y = DTYPES[precision], ""
     if isinstance(layer, nn.BatchNorm1d):
         assert layer.running_mean is not None and layer.running_var is not None
         scale = (1 / (layer.running_var + layer.eps).sqrt()).numpy()
-        y = nodes("Mul", nodes("Sub", x, layer.running_mean.numpy()), scale)
+        y = nodes("Mul", nodes("Sub", x, layer.running_mean.numpy().astype(dtype)), scale.astype(dtype))
     elif isinstance(layer, nn.Linear):
-        y = nodes("Gemm", x, layer.weight.detach().numpy().T, layer.bias.detach().numpy())
+        y = nodes("Gemm", x, layer.weight.detach().numpy().T.astype(dtype), layer.bias.detach().numpy().astype(dtype))
     else:
         assert isinstance(layer, nn.ReLU)
         y = nodes("Relu", x)

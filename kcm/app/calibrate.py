@@ -119,7 +119,8 @@ def calibrate(
     if (drop is not None or accuracy is not None or below_large is not None) and large is None:
         raise ConfigError("accuracy is weighed against the large model's answers", fix="--large FOLDER (kcm train-large makes one)")
     model = load_large(large) if large else None
-    selection, labelled = _labelled(loaded, kind, model, steps, divided="auto" in (head, hint))
+    divided = head not in ("confidence", "max-softmax") or hint == "auto"
+    selection, labelled = _labelled(loaded, kind, model, steps, divided=divided)
     router = choose(loaded.judge, head, selection.selection if selection else None)
     loaded = replace(loaded, head=router.outcome, threshold=msgspec.structs.replace(loaded.threshold, head=router.choice))
     scores, source = unlabelled_scores(loaded, kind)
