@@ -37,6 +37,9 @@ def edge(
     ] = None,
     cloud: Annotated[str | None, typer.Option(metavar="ADDR", help="Where uncertain samples go. Without: answered DEGRADED.")] = None,
     deadline_ms: Annotated[int | None, typer.Option(help="Longest wait for the cloud, per request.")] = None,
+    explore: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Of what stays here, sent to the cloud later as well: 0 to 1, by default 0.01.")
+    ] = None,
     state: Annotated[str | None, typer.Option(metavar="DIR", help="Spool and identity; one daemon per folder.")] = None,
     edge_id: Annotated[str | None, typer.Option(help="This device's name at the cloud. With TLS: its certificate's DNS SAN.")] = None,
     metrics: Annotated[str | None, typer.Option(metavar="ADDR", help="Serve Prometheus /metrics on this loopback address.")] = None,
@@ -66,6 +69,7 @@ def edge(
         "listen": listen,
         "cloud.target": cloud,
         "cloud.deadline_ms": deadline_ms,
+        "explore": explore,
         "state_dir": state,
         "edge_id": edge_id,
         "metrics_listen": metrics,

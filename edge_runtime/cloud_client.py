@@ -1,4 +1,4 @@
-"""Calls kcm.v1.Cloud/Predict: deadline, retries by gRPC's own policy, circuit breaker, checked replies."""
+"""Calls kcm.v1.Cloud: deadline, retries by gRPC's own policy, circuit breaker, checked replies."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
+from typing import TypeVar
 
 import grpc
 import msgspec
 
 from edge_runtime.breaker import Breaker, State, Ticket
 from edge_runtime.config import CloudConfig
+from edge_runtime.truths import Truth
 from kcm.logs import Alarm
 from kcm.rpc import MAX_MESSAGE, channel
 from kcm.sample import Float32, scores_from_proto
@@ -54,6 +56,7 @@ class Kind(enum.Enum):
     INVALID = "invalid"  # it can't ever read this sample
     DENIED = "denied"  # it doesn't let this edge in: the certificate doesn't name it
     BAD_REPLY = "bad_reply"  # its reply doesn't fit the question
+    UNKNOWN = "unknown"  # an older cloud that has no such call
     ERROR = "error"  # anything else
 
 
@@ -70,9 +73,21 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     scores: Float32  # [C]
     stored: bool  # in the teacher store
     teacher_id: str
+    prompt_id: str
+
+
+class Receipt(msgspec.Struct, frozen=True, kw_only=True):
+    """What the cloud says to a sample that nobody waits for. Unchecked: `label` may not fit the task."""
+
+    label_id: int
+    label: str
+    stored: bool
+    teacher_id: str
+    prompt_id: str
 
 
 Outcome = Prediction | Failure
+R = TypeVar("R")
 _KINDS = {
     grpc.StatusCode.UNAVAILABLE: Kind.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED: Kind.LATE,
@@ -81,8 +96,9 @@ _KINDS = {
     grpc.StatusCode.INVALID_ARGUMENT: Kind.INVALID,
     grpc.StatusCode.PERMISSION_DENIED: Kind.DENIED,
     grpc.StatusCode.UNAUTHENTICATED: Kind.DENIED,
+    grpc.StatusCode.UNIMPLEMENTED: Kind.UNKNOWN,
 }
-_DOWN = {Kind.UNAVAILABLE, Kind.LATE, Kind.BAD_REPLY, Kind.DENIED, Kind.ERROR}
+_DOWN = {Kind.UNAVAILABLE, Kind.LATE, Kind.BAD_REPLY, Kind.DENIED, Kind.UNKNOWN, Kind.ERROR}
 
 
 class CloudClient:
@@ -112,7 +128,7 @@ class CloudClient:
         try:
             chunks = self._chunks(samples)
             requests = [self._request(chunk, task_id, label_space) for chunk in chunks]
-            replies = await asyncio.gather(*(self._call(request, timeout_s) for request in requests))
+            replies = await asyncio.gather(*(self._call(self._stub.Predict(request, timeout=timeout_s)) for request in requests))
             outcomes: list[Outcome] = []
             for chunk, reply in zip(chunks, replies, strict=True):
                 outcomes += self._read(chunk, reply, label_space, labels)
@@ -122,21 +138,23 @@ class CloudClient:
             self.live -= 1
             self._leave(ticket, verdict)
 
-    async def backfill(self, samples: Sequence[cloud_pb2.PredictSample], *, task_id: str, label_space: str) -> list[bool | Failure]:
-        """Send samples of the spool in one call: for each, whether the cloud has stored it now."""
+    async def backfill(self, samples: Sequence[cloud_pb2.PredictSample], *, task_id: str, label_space: str) -> list[Receipt | Failure]:
+        """Send samples of the spool in one call: what became of each. Never raises for a failing cloud."""
         ticket = self.breaker.enter()
         if ticket is None:
             return [self._paused()] * len(samples)
         verdict: bool | None = None
-        # A probe must not hold live calls back for a long deadline.
-        timeout_ms = self._config.deadline_ms if ticket is Ticket.PROBE else self._config.backfill_deadline_ms
         try:
-            reply = await self._call(self._request(samples, task_id, label_space), timeout_ms / 1000)
+            request = self._request(samples, task_id, label_space)
+            reply = await self._call(self._stub.Predict(request, timeout=self._backfill_s(ticket)))
             failure = reply if isinstance(reply, Failure) else _mismatch(samples, reply)
             if failure is None:
                 assert not isinstance(reply, Failure)
                 verdict = True
-                return [prediction.stored for prediction in reply.predictions]
+                return [
+                    Receipt(label_id=p.label_id, label=p.label, stored=p.stored, teacher_id=reply.teacher_id, prompt_id=reply.prompt_id)
+                    for p in reply.predictions
+                ]
             if failure is not reply:
                 self.failures[failure.kind] += 1
             verdict = failure.kind not in _DOWN
@@ -144,8 +162,33 @@ class CloudClient:
         finally:
             self._leave(ticket, verdict)
 
+    async def label(self, truths: Sequence[Truth]) -> Failure | None:
+        """Send truths of one task in one call; None: the cloud has them all. Never raises for a failing cloud."""
+        ticket = self.breaker.enter()
+        if ticket is None:
+            return self._paused()
+        verdict: bool | None = None
+        try:
+            request = cloud_pb2.LabelRequest(
+                edge_id=self._edge_id,
+                task_id=truths[0].task_id,
+                label_space=truths[0].label_space,
+                labels=[cloud_pb2.TrueLabel(sample_id=truth.sample_id, label_id=truth.label_id) for truth in truths],
+            )
+            reply = await self._call(self._stub.Label(request, timeout=self._backfill_s(ticket)))
+            failure = reply if isinstance(reply, Failure) else None
+            # One that answers Predict and not this is older, not down.
+            verdict = failure is None or failure.kind is Kind.UNKNOWN or failure.kind not in _DOWN
+            return failure
+        finally:
+            self._leave(ticket, verdict)
+
     async def close(self) -> None:
         await self._channel.close()
+
+    def _backfill_s(self, ticket: Ticket) -> float:
+        # A probe must not hold live calls back for a long deadline.
+        return (self._config.deadline_ms if ticket is Ticket.PROBE else self._config.backfill_deadline_ms) / 1000
 
     def _paused(self) -> Failure:
         if self._denied:
@@ -166,9 +209,9 @@ class CloudClient:
     def _request(self, samples: Sequence[cloud_pb2.PredictSample], task_id: str, label_space: str) -> cloud_pb2.PredictRequest:
         return cloud_pb2.PredictRequest(edge_id=self._edge_id, task_id=task_id, label_space=label_space, samples=samples)
 
-    async def _call(self, request: cloud_pb2.PredictRequest, timeout_s: float) -> cloud_pb2.PredictReply | Failure:
+    async def _call(self, call: Awaitable[R]) -> R | Failure:
         try:
-            reply: cloud_pb2.PredictReply = await self._stub.Predict(request, timeout=timeout_s)
+            reply = await call
             self._denied = ""
             return reply
         except grpc.aio.AioRpcError as error:
@@ -180,7 +223,7 @@ class CloudClient:
         if failure.kind is Kind.MISMATCH:
             self._alarm("mismatch", f"the cloud serves another task or label space than this bundle: {failure.reason}")
         elif failure.kind is Kind.INVALID:
-            self._alarm("invalid", f"the cloud refuses {len(request.samples)} sample(s) for good: {failure.reason}")
+            self._alarm("invalid", f"the cloud refuses a call's content for good: {failure.reason}")
         elif failure.kind is Kind.DENIED:
             certificate = self._config.tls.certificate or "(no TLS here)"
             self._alarm(
@@ -203,7 +246,7 @@ class CloudClient:
         outcomes: list[Outcome] = []
         for prediction in reply.predictions:
             try:
-                outcomes.append(_prediction(prediction, reply.teacher_id, label_space, labels))
+                outcomes.append(_prediction(prediction, reply, label_space, labels))
             except ValueError as error:
                 self.failures[Kind.BAD_REPLY] += 1
                 self._alarm("reply", f"the cloud's reply to sample {prediction.sample_id} is unusable: {error}")
@@ -256,9 +299,11 @@ def _mismatch(samples: Sequence[cloud_pb2.PredictSample], reply: cloud_pb2.Predi
     )
 
 
-def _prediction(message: cloud_pb2.Prediction, teacher_id: str, label_space: str, labels: tuple[str, ...]) -> Prediction:
+def _prediction(message: cloud_pb2.Prediction, reply: cloud_pb2.PredictReply, label_space: str, labels: tuple[str, ...]) -> Prediction:
     """Raises ValueError where label and scores don't fit the task."""
     if message.label_id >= len(labels) or message.label != labels[message.label_id]:
         raise ValueError(f"label {message.label_id} is called {message.label!r} there")
     scores = scores_from_proto(message.scores, label_space, len(labels))
-    return Prediction(label_id=message.label_id, scores=scores, stored=message.stored, teacher_id=teacher_id)
+    return Prediction(
+        label_id=message.label_id, scores=scores, stored=message.stored, teacher_id=reply.teacher_id, prompt_id=reply.prompt_id
+    )

@@ -31,7 +31,7 @@ class CloudConfig(msgspec.Struct, frozen=True, kw_only=True):
 class SpoolConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Samples that wait for the cloud, in STATE_DIR/spool.db."""
 
-    max_mb: Positive = 256  # when full, the sample with the highest confidence goes first, and is counted
+    max_mb: Positive = 256  # when full, explored samples go first, then those of the highest confidence, and are counted
     drain_interval_ms: Positive = 100  # between two backfill calls, ±50 %
     drain_max_ms: Positive = 30_000  # longest pause after failures
 
@@ -46,7 +46,10 @@ class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True):
     state_dir: str = ""  # spool and identity; default $XDG_STATE_HOME/kcm/edge
     edge_id: str = ""  # default: made once, kept in state_dir; with cloud.tls: the DNS name (SAN) of its certificate
     metrics_listen: str = ""  # HTTP on loopback; empty: none
-    max_samples: Positive = 1024  # per Infer call
+    max_samples: Positive = 1024  # per Infer or Feedback call
+    explore: Annotated[float, msgspec.Meta(ge=0, le=1)] = (
+        0.01  # of what stays here: goes up as well, later, to measure and to learn; 0: none
+    )
     max_sample_bytes: SampleBytes = 2**20  # of one payload; not above the cloud's own
     drain_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0  # how long SIGTERM waits for calls in flight
     cloud: CloudConfig = CloudConfig()

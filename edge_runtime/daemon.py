@@ -49,8 +49,9 @@ async def serve(config: EdgeConfig, ready: Callable[[str, str], None]) -> None:
         spool = Spool.open(config.state_path / "spool.db", max_bytes=config.spool.max_mb * 2**20)
         stack.callback(spool.close)
         router = Router(config, runtime, client=client, spool=spool, stats=stats)
+        stack.push_async_callback(router.close)
         service = EdgeService(config, router, updater, stats, client=client, spool=spool)
-        drain = Drain(config, spool, client) if client is not None else None
+        drain = Drain(config, spool, client, router.learned) if client is not None else None
         metrics = await stack.enter_async_context(_metrics(config, stats, router, client, spool, drain))
         server = await start_server(
             lambda grpc_server: edge_pb2_grpc.add_EdgeServicer_to_server(service, grpc_server), [NAME], listen=config.listen, tls=config.tls

@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 from edge_runtime.breaker import State
 from edge_runtime.cloud_client import CloudClient, Kind
 from edge_runtime.drain import Drain
+from edge_runtime.drift import SIGNALS
 from edge_runtime.router import Router
 from edge_runtime.spool import Spool
 from edge_runtime.stats import BUCKETS, Histogram, Stats
@@ -32,6 +33,14 @@ NAMES = (
     "kcm_edge_spool_evicted",
     "kcm_edge_spool_errors",
     "kcm_edge_spool_drained",
+    "kcm_edge_explored",
+    "kcm_edge_feedback",
+    "kcm_edge_feedback_waiting",
+    "kcm_edge_feedback_sent",
+    "kcm_edge_feedback_dropped",
+    "kcm_edge_drift",
+    "kcm_edge_estimate",
+    "kcm_edge_guaranteed",
     "kcm_edge_bundle_info",
     "kcm_edge_epsilon",
     "kcm_edge_bundle_swaps",
@@ -64,6 +73,8 @@ class EdgeCollector(Collector):
         yield CounterMetricFamily("kcm_edge_invalid_requests", "Requests refused as invalid.", value=stats.invalid_requests)
         yield from self._cloud()
         yield from self._spooled()
+        yield from self._feedback()
+        yield from self._drift()
         yield from self._bundle()
 
     def _cloud(self) -> Iterator[Metric]:
@@ -85,6 +96,32 @@ class EdgeCollector(Collector):
         drained = self._drain.drained if self._drain else 0
         yield CounterMetricFamily("kcm_edge_spool_drained", "Spooled samples that the cloud has stored.", value=drained)
 
+    def _feedback(self) -> Iterator[Metric]:
+        truths = self._spool.truths if self._spool else None
+        yield CounterMetricFamily("kcm_edge_explored", "Samples kept here that go to the cloud too, by chance.", value=self._stats.explored)
+        yield CounterMetricFamily("kcm_edge_feedback", "Truths taken.", value=self._stats.feedback)
+        yield GaugeMetricFamily("kcm_edge_feedback_waiting", "Truths that wait for the cloud.", value=truths.waiting if truths else 0)
+        sent = self._drain.labelled if self._drain else 0
+        yield CounterMetricFamily("kcm_edge_feedback_sent", "Truths that the cloud has stored.", value=sent)
+        dropped = CounterMetricFamily("kcm_edge_feedback_dropped", "Truths lost: no room here, or refused there.", labels=["why"])
+        dropped.add_metric(["full"], truths.dropped if truths else 0)
+        dropped.add_metric(["refused"], self._drain.refused if self._drain else 0)
+        yield dropped
+
+    def _drift(self) -> Iterator[Metric]:
+        drift = self._router.drift
+        raised = GaugeMetricFamily(
+            "kcm_edge_drift", "1: live traffic left what calibration saw, until another bundle serves.", labels=["signal"]
+        )
+        for signal in SIGNALS:
+            raised.add_metric([signal], drift.raised(signal))
+        yield raised
+        estimate = GaugeMetricFamily("kcm_edge_estimate", "What is known of live traffic; absent while nothing is.", labels=["of"])
+        for name, value in drift.estimates().items():
+            estimate.add_metric([name], value)
+        yield estimate
+        yield GaugeMetricFamily("kcm_edge_guaranteed", "1: the calibration's promise on accuracy is in force.", value=drift.guaranteed)
+
     def _bundle(self) -> Iterator[Metric]:
         runtime = self._router.runtime
         manifest = runtime.manifest
@@ -97,7 +134,7 @@ class EdgeCollector(Collector):
             [manifest.bundle_id, manifest.task_id, manifest.label_space, runtime.precision, runtime.provider, str(manifest.round)], 1
         )
         yield info
-        yield GaugeMetricFamily("kcm_edge_epsilon", "C_x above it stays on the device.", value=runtime.epsilon)
+        yield GaugeMetricFamily("kcm_edge_epsilon", "A routing score above it stays on the device.", value=runtime.epsilon)
         yield CounterMetricFamily("kcm_edge_bundle_swaps", "Bundles swapped in.", value=self._stats.swaps)
         yield CounterMetricFamily("kcm_edge_bundle_refusals", "Bundles that this daemon refused.", value=self._stats.refusals)
 

@@ -1,6 +1,6 @@
-"""One request's way: decide on the device, ask the cloud for the rest, keep what it could not take, answer.
+"""One request's way: decide on the device, ask the cloud for the rest, keep what it could not take, answer. And what is learned from it.
 
-Also the in-process form with a cloud: Router(runtime, client=..., spool=...).infer(samples).
+Also the in-process form with a cloud: Router(config, runtime, client=..., spool=..., stats=...).infer(samples).
 """
 
 from __future__ import annotations
@@ -11,16 +11,21 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 import numpy as np
 
-from edge_runtime.cloud_client import CloudClient, Failure, Kind, Prediction
+from edge_runtime.cloud_client import CloudClient, Failure, Kind, Prediction, Receipt
 from edge_runtime.config import EdgeConfig
-from edge_runtime.runtime import NO_CLOUD, Decision, EdgeRuntime, check_samples, degraded
+from edge_runtime.drift import Drift
+from edge_runtime.explorer import Explorer
+from edge_runtime.runtime import NO_CLOUD, Decision, EdgeRuntime, InvalidSample, check_samples, degraded, is_finite
 from edge_runtime.spool import Spool, Waiting
 from edge_runtime.stats import Stats
+from edge_runtime.truths import Truth
 from kcm.errors import StoreError
 from kcm.logs import Alarm
-from kcm.sample import Answer, Float32, Purpose, Sample, Source, payload_to_proto, scores_to_proto
+from kcm.policy import explores, gate_hint
+from kcm.sample import Answer, Float32, Hint, Purpose, Route, Sample, Source, payload_to_proto, scores_from_proto, scores_to_proto
 from protos.kcm.v1 import cloud_pb2
 
 log = logging.getLogger("kcm.edge.router")
@@ -30,16 +35,27 @@ _INLINE_S = 0.002  # an executor costs about 0.1 ms a call
 _MARGIN_S = 0.03  # of the application's deadline: for the spool's commit and the way back
 
 
+class Taken(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of truths: on the disk; of samples that are remembered; older ones that had to make room."""
+
+    kept: int
+    matched: int
+    dropped: int
+
+
 class Router:
-    """Answers samples with the current runtime. Belongs to one event loop; a swap replaces `runtime` between requests."""
+    """Answers samples with the current runtime. Belongs to one event loop; a swap replaces runtime and drift between requests."""
 
     def __init__(self, config: EdgeConfig, runtime: EdgeRuntime, *, client: CloudClient | None, spool: Spool | None, stats: Stats) -> None:
         self.runtime = runtime
+        self.drift = _drift(runtime)
         self._client, self._spool, self._stats = client, spool, stats
         self._deadline_s = config.cloud.deadline_ms / 1000
         self._alarm = Alarm(log)
         self._pace_s = 0.0  # of one sample on this device, smoothed
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")  # starts with its first use
+        # Without a cloud nobody would ever ask for them.
+        self._explorer = Explorer(config.explore, spool, stats) if config.explore > 0 and client is not None and spool is not None else None
 
     async def infer(self, samples: Sequence[Sample], budget_s: float | None = None) -> list[Answer]:
         """Answer every sample, in order. What could not be answered by the cloud is in the spool when this returns.
@@ -53,12 +69,14 @@ class Router:
         """
         started = time.perf_counter()
         check_samples(samples)
-        runtime = self.runtime  # one bundle for the whole request
+        runtime, drift = self.runtime, self.drift  # one bundle for the whole request
         decisions: list[Decision] = []
         for start in range(0, len(samples), _TURN):
             if start:
                 await asyncio.sleep(0)  # small requests go in between
-            decisions += await self._decide(runtime, samples[start : start + _TURN], start)
+            part = await self._decide(runtime, samples[start : start + _TURN], start)
+            self._note(part, runtime, drift)
+            decisions += part
         away = [decision for decision in decisions if not decision.local]
         self._stats.answered(Source.LOCAL, time.perf_counter() - started, len(decisions) - len(away))
         if not away:
@@ -66,12 +84,75 @@ class Router:
         self._stats.escalations += len(away)
         if budget_s is not None:
             budget_s -= time.perf_counter() - started
-        elsewhere = iter(await self._escalate(runtime, away, budget_s))
+        elsewhere = iter(await self._escalate(runtime, drift, away, budget_s))
         elapsed = time.perf_counter() - started
         answers = [decision.answer if decision.local else next(elsewhere) for decision in decisions]
         for source in (Source.CLOUD, Source.DEGRADED):
             self._stats.answered(source, elapsed, sum(answer.source is source for answer in answers))
         return answers
+
+    async def feedback(self, truths: Sequence[tuple[str, str]]) -> Taken:
+        """Take (sample_id, label) pairs; returns after the commit. Of two about one sample the last holds.
+
+        Raises:
+            InvalidSample: a label that the task doesn't have, or no sample_id; the message names the truth's index.
+            StoreError: they could not be kept, or there is no spool.
+        """
+        task = self.runtime.task
+        ids = {label: label_id for label_id, label in enumerate(task.labels)}
+        rows: dict[str, Truth] = {}
+        for index, (sample_id, label) in enumerate(truths):
+            if not sample_id:
+                raise InvalidSample(f"truth {index} has no sample_id")
+            if label not in ids:
+                raise InvalidSample(f"truth {index}: {label[:80]!r} is none of the task's {len(ids)} labels")
+            rows[sample_id] = Truth(sample_id=sample_id, label_id=ids[label], task_id=task.id, label_space=task.label_space)
+        if self._spool is None:
+            raise StoreError("there is no spool to keep truths in")
+        dropped = await self._spool.truths.put(list(rows.values())) if rows else 0
+        if dropped:
+            self._alarm("truths", f"the spool's table of truths is full: {dropped} older ones that the cloud never got made room")
+        self._stats.feedback += len(truths)
+        matched = sum(self.drift.truth(row.sample_id, row.label_id) for row in rows.values())
+        return Taken(kept=len(truths), matched=matched, dropped=dropped)
+
+    def learned(self, sample: cloud_pb2.PredictSample, receipt: Receipt) -> None:
+        """The cloud's answer to a sample of the spool. It says something about ε where the same bundle still serves."""
+        runtime = self.runtime
+        labels = runtime.task.labels
+        if sample.bundle_id != runtime.bundle_id or receipt.label_id >= len(labels) or labels[receipt.label_id] != receipt.label:
+            return
+        self.drift.answered_by(receipt.teacher_id, receipt.prompt_id)
+        small = -1
+        if sample.purpose == cloud_pb2.EXPLORE and sample.HasField("small"):
+            small = int(scores_from_proto(sample.small, runtime.task.label_space, len(labels)).argmax())
+        self.drift.replied(sample.sample_id, receipt.label_id, small=small)
+
+    def swap(self, runtime: EdgeRuntime) -> None:
+        """Serve `runtime` from the next request on. Another calibration begins its estimates anew."""
+        if (runtime.bundle_id, runtime.calibration) != (self.runtime.bundle_id, self.runtime.calibration):
+            self.drift = _drift(runtime)
+        self.runtime = runtime
+
+    async def close(self) -> None:
+        """Keep what is explored and not yet in the spool."""
+        if self._explorer is not None:
+            await self._explorer.close()
+
+    def _note(self, decisions: Sequence[Decision], runtime: EdgeRuntime, drift: Drift) -> None:
+        """What the policy did, for the estimates; and the share of what stays that is sent up all the same."""
+        share = self._explorer.share if self._explorer is not None else 0.0
+        for decision in decisions:
+            if decision.sample.route is not Route.AUTO:
+                continue
+            answer = decision.answer
+            explored = decision.local and share > 0 and explores(answer.sample_id, share)
+            drift.decided(answer.sample_id, answer.label_id, decision.score, local=decision.local, explored=explored)
+            if explored and self._explorer is not None:
+                message = _message(decision, runtime, purpose=Purpose.EXPLORE, p_escalate=share)
+                self._explorer.keep(
+                    Waiting(sample=message, task_id=runtime.task.id, label_space=runtime.task.label_space, reason="explored")
+                )
 
     async def _decide(self, runtime: EdgeRuntime, samples: Sequence[Sample], first: int) -> list[Decision]:
         """Inline where the model is tiny; on a thread of its own where the event loop would feel it."""
@@ -84,11 +165,16 @@ class Router:
         self._pace_s += 0.1 * ((time.perf_counter() - began) / len(samples) - self._pace_s)
         return decisions
 
-    async def _escalate(self, runtime: EdgeRuntime, decisions: Sequence[Decision], budget_s: float | None) -> list[Answer]:
+    async def _escalate(self, runtime: EdgeRuntime, drift: Drift, decisions: Sequence[Decision], budget_s: float | None) -> list[Answer]:
         if self._client is None:
             return [degraded(decision.answer, NO_CLOUD) for decision in decisions]
-        task = runtime.task
-        messages = [_message(decision, runtime) for decision in decisions]
+        task, gate = runtime.task, runtime.calibration.hint
+        messages = [
+            _message(
+                decision, runtime, purpose=Purpose.LIVE, p_escalate=1.0, hint=gate_hint(decision.hint, gate, decision.answer.sample_id)
+            )
+            for decision in decisions
+        ]
         timeout_s = self._deadline_s if budget_s is None else min(self._deadline_s, max(0.001, budget_s - _MARGIN_S))
         outcomes = await self._client.predict(
             messages, task_id=task.id, label_space=task.label_space, labels=task.labels, timeout_s=timeout_s
@@ -98,6 +184,8 @@ class Router:
         for decision, message, outcome in zip(decisions, messages, outcomes, strict=True):
             if isinstance(outcome, Prediction):
                 answers.append(_cloud_answer(decision, outcome, task.labels))
+                drift.answered_by(outcome.teacher_id, outcome.prompt_id)
+                drift.replied(decision.answer.sample_id, outcome.label_id)
                 if outcome.stored:
                     continue
                 reason, dead = "the cloud could not store it", False
@@ -129,17 +217,36 @@ class Router:
         ]
 
 
-def _message(decision: Decision, runtime: EdgeRuntime) -> cloud_pb2.PredictSample:
-    hint = decision.hint
+def _drift(runtime: EdgeRuntime) -> Drift:
+    def alarm(sentence: str) -> None:
+        log.error("drift: %s", sentence)
+
+    return Drift(runtime.calibration, alarm)
+
+
+def _message(
+    decision: Decision, runtime: EdgeRuntime, *, purpose: Purpose, p_escalate: float, hint: tuple[Hint | None, float] = (None, 0.0)
+) -> cloud_pb2.PredictSample:
+    """The sample as it is sent, now or from the spool.
+
+    Args:
+        p_escalate: with which probability it goes to the cloud, given what is known of it: the policy itself draws none.
+        hint: what the large model may see, and with which probability it was to.
+    """
+    shown, p_hint = hint
+    confidence = decision.answer.confidence
+    finite = is_finite(decision.logits, confidence)
     return cloud_pb2.PredictSample(
         sample_id=decision.answer.sample_id,
-        purpose=int(Purpose.LIVE),  # type: ignore[arg-type]
-        p_escalate=1.0,  # the policy is deterministic: no sample was drawn
-        hint=None if hint is None else hint.to_proto(),
+        purpose=int(purpose),  # type: ignore[arg-type]
+        p_escalate=p_escalate,
+        hint=None if shown is None else shown.to_proto(),
         payload=payload_to_proto(decision.sample.payload),
-        small=None if hint is None else scores_to_proto(decision.logits, runtime.task.label_space),
-        confidence=0.0 if hint is None else hint.confidence,
+        small=scores_to_proto(decision.logits, runtime.task.label_space) if finite else None,
+        # float32 sums can end a hair above one
+        confidence=min(max(confidence, 0.0), 1.0) if finite else 0.0,
         bundle_id=runtime.bundle_id,
+        p_hint=p_hint,
     )
 
 

@@ -137,7 +137,7 @@ class EdgeRuntime:
             )
             local = stays_local(scores[row], epsilon, sample.route)
             logits = outputs.logits[row]
-            hint = None if local or not _finite(logits, confidence) else _hint(ids[row], probabilities[row], confidence)
+            hint = None if local or not is_finite(logits, confidence) else _hint(ids[row], probabilities[row], confidence)
             decisions.append(Decision(sample=sample, answer=answer, local=local, score=scores[row], logits=logits, hint=hint))
         return decisions
 
@@ -180,7 +180,8 @@ def check_samples(samples: Sequence[Sample]) -> None:
             raise InvalidSample(f"sample {index} has the sample_id of sample {first}: {sample.sample_id!r}")
 
 
-def _finite(logits: Float32, confidence: float) -> bool:
+def is_finite(logits: Float32, confidence: float) -> bool:
+    """False: the model broke on this sample, and its numbers are worth nothing to anybody."""
     return bool(np.isfinite(logits).all() and np.isfinite(confidence))
 
 

@@ -16,6 +16,7 @@ from edge_runtime.runtime import InvalidSample
 from edge_runtime.spool import Spool
 from edge_runtime.stats import Stats
 from edge_runtime.updater import Updater
+from kcm.errors import StoreError
 from kcm.sample import Route, Sample, Source, new_sample_id, payload_from_proto
 from protos.kcm.v1 import bundle_pb2, edge_pb2, edge_pb2_grpc
 
@@ -76,6 +77,16 @@ class EdgeService(edge_pb2_grpc.EdgeServicer):  # type: ignore[misc]
                 if (left := pending.get_nowait()) is not None:
                     _drop(left)
 
+    async def Feedback(self, request: edge_pb2.FeedbackRequest, context: Context) -> edge_pb2.FeedbackReply:
+        try:
+            taken = await self._router.feedback(self._truths(request))
+        except InvalidSample as error:
+            await self._refuse(context, error)
+        except StoreError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"not kept, send it again: {error.message}")
+            raise AssertionError("abort raises") from None
+        return edge_pb2.FeedbackReply(kept=taken.kept, matched=taken.matched, dropped=taken.dropped)
+
     async def Status(self, request: edge_pb2.StatusRequest, context: object) -> edge_pb2.StatusReply:
         runtime, stats = self._router.runtime, self._stats
         manifest = runtime.manifest
@@ -97,6 +108,10 @@ class EdgeService(edge_pb2_grpc.EdgeServicer):  # type: ignore[misc]
             spool_depth=self._spool.waiting if self._spool else 0,
             last_refusal=self._updater.last_refusal,
             epsilon=runtime.epsilon,
+            guaranteed=self._router.drift.guaranteed,
+            drift=self._router.drift.verdict(),
+            explored=stats.explored,
+            feedback=stats.feedback,
         )
 
     def stop_reading(self) -> None:
@@ -124,16 +139,31 @@ class EdgeService(edge_pb2_grpc.EdgeServicer):  # type: ignore[misc]
     def _sample(self, message: edge_pb2.InferSample) -> Sample:
         if message.payload.ByteSize() > self._config.max_sample_bytes:
             raise ValueError(f"{message.payload.ByteSize()} bytes, at most {self._config.max_sample_bytes} are taken")
-        if len(message.sample_id) > _MAX_ID:
-            raise ValueError(f"sample_id has {len(message.sample_id)} characters, at most {_MAX_ID} are taken")
+        _check_id(message.sample_id)
         return Sample(
             payload=payload_from_proto(message.payload), sample_id=message.sample_id or new_sample_id(), route=Route(message.route)
         )
+
+    def _truths(self, request: edge_pb2.FeedbackRequest) -> list[tuple[str, str]]:
+        """Raises InvalidSample: which truth can't be read, and why."""
+        if len(request.truths) > self._config.max_samples:
+            raise InvalidSample(f"{len(request.truths)} truths in one call, at most {self._config.max_samples} are taken")
+        for index, truth in enumerate(request.truths):
+            try:
+                _check_id(truth.sample_id)
+            except ValueError as error:
+                raise InvalidSample(f"truth {index}: {error}") from error
+        return [(truth.sample_id, truth.label) for truth in request.truths]
 
     async def _refuse(self, context: Context, error: InvalidSample) -> NoReturn:
         self._stats.invalid_requests += 1
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         raise AssertionError("abort raises")
+
+
+def _check_id(sample_id: str) -> None:
+    if len(sample_id) > _MAX_ID:
+        raise ValueError(f"sample_id has {len(sample_id)} characters, at most {_MAX_ID} are taken")
 
 
 def _drop(task: asyncio.Task[Any]) -> None:

@@ -1,7 +1,8 @@
 """Samples that wait for the cloud, durable: what was acknowledged DEGRADED survives kill -9 and a power cut.
 
 A row holds the PredictSample as it will be sent. One sample_id is one row. Full: the sample with the highest confidence
-(it teaches least) makes room, and is counted; a row that the cloud refused for good goes before any other.
+(it teaches least) makes room, and is counted; a row that the cloud refused for good goes before any other, then the explored ones,
+whose answers nobody missed. They are sent last, too. The truths that wait lie in the same file, see truths.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import NamedTuple, TypeVar, cast
 import apsw
 import msgspec
 
+from edge_runtime import truths
+from edge_runtime.truths import Truths
 from kcm.database import Database
 from kcm.errors import StoreError
 from protos.kcm.v1 import cloud_pb2
@@ -29,8 +32,8 @@ CREATE TABLE IF NOT EXISTS spool (
   seq INTEGER PRIMARY KEY,
   sample_id TEXT NOT NULL UNIQUE,
   dead INTEGER NOT NULL,        -- 1: refused by the cloud for good; kept to be looked at, never sent
-  confidence REAL NOT NULL,     -- C_x
-  attempts INTEGER NOT NULL,    -- refusals of this very sample
+  confidence REAL NOT NULL,     -- C_x; of an explored sample 1 + C_x
+  attempts INTEGER NOT NULL,    -- refusals of this very sample; _LATER more of an explored one
   created_ms INTEGER NOT NULL,  -- UTC
   task_id TEXT NOT NULL,
   label_space TEXT NOT NULL,
@@ -45,6 +48,8 @@ _PAGE = 4096
 _ROW_OVERHEAD = 512  # columns, index entries
 _TAKE_BYTES = 4 * 2**20
 _RESERVE_PAGES = 8  # so that deleting always has room
+_LATER = 1_000_000
+_TRUTHS = 1 / 16  # of the file
 R = TypeVar("R")
 
 
@@ -74,13 +79,15 @@ class Spool:
     def __init__(self, path: Path, *, max_bytes: int) -> None:
         """Raises StoreError where the file can't be opened or is damaged."""
         self._max_pages = max(64, max_bytes // _PAGE)
+        self._sample_pages = self._max_pages - _RESERVE_PAGES - int(_TRUTHS * self._max_pages)
         # A small write-ahead log, so that file and log together stay near the cap.
         checkpoint = max(16, min(1000, self._max_pages // 8))
         pragmas = f"PRAGMA wal_autocheckpoint={checkpoint}; PRAGMA journal_size_limit={checkpoint * _PAGE};"
-        self._db = Database(path, pragmas + _SCHEMA, max_bytes=max_bytes)
+        self._db = Database(path, pragmas + _SCHEMA + truths.SCHEMA, max_bytes=max_bytes)
         self.waiting = self.dead = self.evicted = self.used = 0
         try:
             self._apply(self._db.submit(_count)).result()
+            self.truths = Truths(self._db, max_bytes=int(_TRUTHS * max_bytes), max_pages=self._max_pages - _RESERVE_PAGES)
         except StoreError:
             self._db.close()
             raise
@@ -117,7 +124,9 @@ class Spool:
         return change.lost
 
     async def take(self, limit: int, *, skip: Collection[tuple[str, str]] = ()) -> list[Waiting]:
-        """Up to `limit` samples of one task in 4 MiB, at least one; fewest refusals first, then oldest. They stay until `settle`.
+        """Up to `limit` samples of one task in 4 MiB, at least one; fewest refusals first, then oldest; explored ones after all others.
+
+        They stay until `settle`.
 
         Args:
             skip: (task_id, label_space) that must wait.
@@ -163,7 +172,9 @@ class Spool:
                 continue
             body = sample.SerializeToString()
             need = len(body) + _ROW_OVERHEAD
-            room = _make_room(connection, need, row.dead, sample.confidence, self._max_pages - _RESERVE_PAGES)
+            explored = sample.purpose == cloud_pb2.EXPLORE
+            confidence = sample.confidence + explored
+            room = _make_room(connection, need, row.dead, confidence, self._sample_pages)
             evicted += room.waiting + room.dead
             waiting -= room.waiting
             dead -= room.dead
@@ -171,7 +182,8 @@ class Spool:
                 evicted += 1
                 lost.append(sample.sample_id)
                 continue
-            values = (room.slot, sample.sample_id, int(row.dead), sample.confidence, int(row.dead), time.time_ns() // 1_000_000)
+            attempts = int(row.dead) + _LATER * explored
+            values = (room.slot, sample.sample_id, int(row.dead), confidence, attempts, time.time_ns() // 1_000_000)
             connection.execute(
                 "INSERT INTO spool VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (*values, row.task_id, row.label_space, sample.bundle_id, row.reason, body),

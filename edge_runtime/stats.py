@@ -32,6 +32,8 @@ class Stats:
         self.escalations = 0
         self.invalid_requests = 0
         self.spool_errors = 0  # samples that should have been kept, and the disk refused
+        self.explored = 0  # kept here, and in the spool for the cloud as well
+        self.feedback = 0  # truths taken
         self.swaps = 0
         self.refusals = 0
 

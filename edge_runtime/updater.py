@@ -87,7 +87,8 @@ class Updater:
         except KcmError as error:
             self._refuse(path, error)
             return
-        old, router.runtime = router.runtime.bundle_id, runtime
+        old = router.runtime.bundle_id
+        router.swap(runtime)
         self._refused = ""
         self._stats.swaps += 1
         log.info("bundle %s serves, %s did before", runtime.bundle_id, old)

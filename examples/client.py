@@ -2,8 +2,11 @@
 
     python examples/client.py "the price of oil rose" "profit fell"
     cat texts.txt | python examples/client.py --address 127.0.0.1:50051
+    python examples/client.py --truth 0199b2f0-7c7e-7c3a-9d7a-3f1f6f0f4b11=crude
 
-One line per text, tab-separated: label, source (LOCAL, CLOUD, DEGRADED), confidence of the small model, text.
+One line per text, tab-separated: label, source (LOCAL, CLOUD, DEGRADED), confidence of the small model, sample_id, text.
+--truth tells the edge which label was right, once you know. Tell it about a random share of the samples, not only of the mistakes:
+from these the edge estimates how well it answers.
 Needs grpcio and the stubs in protos/, which kcm installs; any language can do the same from protos/kcm/v1/edge.proto.
 """
 
@@ -24,6 +27,7 @@ Source = edge_pb2.InferAnswer.Source
 def main() -> int:
     parser = argparse.ArgumentParser(description="Ask a running `kcm edge`.")
     parser.add_argument("texts", nargs="*", help="What to ask; without any: one text per line of stdin.")
+    parser.add_argument("--truth", action="append", default=[], metavar="ID=LABEL", help="What was right; sends this and no text.")
     parser.add_argument("--address", default="127.0.0.1:50051", help="HOST:PORT or unix:/path, as `kcm edge` says in `ready on ...`.")
     # The deadline is yours. The edge keeps it: what the cloud can't answer in time comes back DEGRADED, not as an error.
     parser.add_argument("--seconds", type=float, default=5.0, help="Deadline of each call.")
@@ -35,24 +39,34 @@ def main() -> int:
     with grpc.insecure_channel(arguments.address) as channel:
         edge = edge_pb2_grpc.EdgeStub(channel)
         try:
+            if arguments.truth:
+                tell(edge, arguments.truth, arguments.seconds)
+                return 0
             for batch in batches(texts):
-                # No sample_id: the edge makes one. Set your own where you want to find the sample in the teacher store again.
+                # No sample_id: the edge makes one. Keep it (or set your own) where the truth may come later.
                 samples = [edge_pb2.InferSample(payload=sample_pb2.Payload(text=text)) for text in batch]
                 reply = edge.Infer(edge_pb2.InferRequest(samples=samples), timeout=arguments.seconds)
                 for text, answer in zip(batch, reply.answers, strict=True):  # as many as asked, in order
                     show(text, answer)
         except grpc.RpcError as error:
-            # UNAVAILABLE: no edge at this address. INVALID_ARGUMENT: the details name the sample that can't be read.
+            # UNAVAILABLE: no edge at this address, or truths that its disk didn't take. INVALID_ARGUMENT: the details say what is wrong.
             print(f"{error.code().name}: {error.details()}", file=sys.stderr)
             return 1
     return 0
+
+
+def tell(edge: edge_pb2_grpc.EdgeStub, pairs: Iterable[str], seconds: float) -> None:
+    truths = [edge_pb2.Truth(sample_id=name, label=label) for name, _, label in (pair.partition("=") for pair in pairs)]
+    reply = edge.Feedback(edge_pb2.FeedbackRequest(truths=truths), timeout=seconds)
+    # Kept: on the edge's disk, and sent to the cloud from there. Matched: the edge remembers the sample, and learns from it at once.
+    print(f"{reply.kept} kept, {reply.matched} matched")
 
 
 def show(text: str, answer: edge_pb2.InferAnswer) -> None:
     source = Source.Name(answer.source).removeprefix("SOURCE_")
     # `confidence` is C_x, the small model's own, also where the cloud answered; `reason` says why an answer is DEGRADED.
     why = f"\t({answer.reason})" if answer.reason else ""
-    print(f"{answer.label}\t{source}\t{answer.confidence:.3f}\t{text[:60]}{why}", flush=True)
+    print(f"{answer.label}\t{source}\t{answer.confidence:.3f}\t{answer.sample_id}\t{text[:60]}{why}", flush=True)
 
 
 def batches(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -18,6 +18,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import msgspec
@@ -130,8 +131,12 @@ def make_bundle(
     round_: int = 0,
     golden_shift: float = 0.0,
     ngrams: bool = False,
+    calibration: Calibration | None = None,
 ) -> Path:
-    """Write a bundle that loads; with `golden_shift`, one whose every hash is right and whose golden logits are not."""
+    """Write a bundle that loads; with `golden_shift`, one whose every hash is right and whose golden logits are not.
+
+    Its calibration is a bare ε, unless another one is given.
+    """
     (folder / "models").mkdir(parents=True)
     files: dict[str, bytes] = {}
     if ngrams:
@@ -148,8 +153,8 @@ def make_bundle(
     model = graph(table, ngrams=ngrams)
     (folder / "models" / "fp32.onnx").write_bytes(model)
     (folder / "task.toml").write_text(_toml(task))
-    calibration = {"fp32": Calibration(epsilon=epsilon, calibration_id=f"cal-{seed}", method="fixed")}
-    (folder / "calibration.json").write_bytes(msgspec.json.encode(calibration))
+    calibration = calibration or Calibration(epsilon=epsilon, calibration_id=f"cal-{seed}", method="fixed")
+    (folder / "calibration.json").write_bytes(msgspec.json.encode({"fp32": calibration}))
     texts = [*EASY, *HARD, "größer als ß", ""]
     inputs = preprocessor.batch(texts)
     outputs = OrtEngine(model, spec, len(labels)).run(inputs)
@@ -252,7 +257,7 @@ class Cloud:
         self.set()
 
     def set(self, **behaviour: object) -> None:
-        """Change how it answers from the next call on: mode, delay_ms."""
+        """Change how it answers from the next call on: mode, delay_ms, teacher."""
         temporary = self._folder / "behaviour.new"
         temporary.write_text(json.dumps(behaviour))
         temporary.replace(self._folder / "behaviour.json")
@@ -273,6 +278,19 @@ class Cloud:
         with contextlib.closing(sqlite3.connect(f"file:{self.database}?mode=ro", uri=True)) as connection:
             return {row[0]: (row[1], row[2], row[3]) for row in connection.execute("SELECT sample_id, purpose, times, text FROM inbox")}
 
+    def sent(self) -> dict[str, dict[str, Any]]:
+        """sample_id → everything that was kept of its first commit."""
+        with contextlib.closing(sqlite3.connect(f"file:{self.database}?mode=ro", uri=True)) as connection:
+            connection.row_factory = sqlite3.Row
+            return {row["sample_id"]: dict(row) for row in connection.execute("SELECT * FROM inbox")}
+
+    def truths(self) -> dict[str, int]:
+        """sample_id → label id."""
+        if not self.database.exists():
+            return {}
+        with contextlib.closing(sqlite3.connect(f"file:{self.database}?mode=ro", uri=True)) as connection:
+            return dict(connection.execute("SELECT sample_id, label_id FROM truths"))
+
 
 def stub(address: str) -> tuple[edge_pb2_grpc.EdgeStub, grpc.Channel]:
     channel = grpc.insecure_channel(address)
@@ -288,6 +306,10 @@ def request(*texts: str, ids: tuple[str, ...] = (), route: int = 0) -> edge_pb2.
             for name, text in zip(names, texts, strict=True)
         ]
     )
+
+
+def feedback(*truths: tuple[str, str]) -> edge_pb2.FeedbackRequest:
+    return edge_pb2.FeedbackRequest(truths=[edge_pb2.Truth(sample_id=name, label=label) for name, label in truths])
 
 
 def until(condition: Callable[[], bool], seconds: float = 10.0, what: str = "") -> None:

@@ -14,6 +14,8 @@ import edge_kit
 import pytest
 from edge_kit import EASY, HARD, Traffic, depth, request, stub, until
 
+from edge_runtime.config import EdgeConfig
+from kcm.policy import explores
 from protos.kcm.v1 import edge_pb2
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow]
@@ -65,7 +67,7 @@ def test_kill_9_of_the_cloud_loses_nothing_and_stores_nothing_twice(tmp_path: Pa
     keys = Counter(sample_id for _, sample_id in cloud_kit.stored_keys(store))
     assert traffic.of(DEGRADED) | traffic.of(CLOUD) | {"first"} <= set(keys), "acknowledged, and lost"
     assert set(keys.values()) == {1}, "twice in the teacher store"
-    assert not traffic.of(edge_pb2.InferAnswer.SOURCE_LOCAL) & set(keys)
+    assert all(explores(name, EdgeConfig().explore) for name in traffic.of(edge_pb2.InferAnswer.SOURCE_LOCAL) & set(keys))
 
 
 def test_a_cloud_of_another_task_is_an_alarm_and_no_outage(tmp_path: Path) -> None:
@@ -97,3 +99,28 @@ def test_a_cloud_of_another_task_is_an_alarm_and_no_outage(tmp_path: Path) -> No
             assert edge.scrape()["kcm_edge_spool_depth"] == 1
     alarms = [line for line in map(json.loads, edge.log.splitlines()) if line["level"] == "error"]
     assert len(alarms) == 1 and "another task or label space" in alarms[0]["message"]
+
+
+def test_explored_samples_and_truths_arrive_in_the_teacher_store(tmp_path: Path) -> None:
+    bundle = edge_kit.make_bundle(tmp_path / "bundle")
+    large = cloud_kit.tiny_encoder(tmp_path / "large", labels=list(edge_kit.LABELS), task_id="tiny")
+    store = tmp_path / "store"
+    names = tuple(str(i) for i in range(40))
+    with cloud_kit.cloud_process(bundle / "task.toml", large, store) as cloud:
+        command = [*KCM, "edge", "--bundle", str(bundle), "--listen", "127.0.0.1:0", "--state", str(tmp_path / "state"), "--explore", "1"]
+        with edge_kit.running([*command, "--cloud", cloud.address], tmp_path / "edge.log", QUICK) as edge:
+            made, channel = stub(edge.address)
+            with channel:
+                made.Infer(request(*[EASY[0], HARD[0]] * 20, ids=names), timeout=20)
+                reply = made.Feedback(edge_kit.feedback(*((name, "gamma") for name in (*names, "elsewhere"))), timeout=10)
+                assert (reply.kept, reply.matched) == (41, 40)
+                made.Feedback(edge_kit.feedback(("0", "delta")), timeout=10)
+                until(lambda: made.Status(edge_pb2.StatusRequest(), timeout=5).explored == 20 and depth(edge.address) == 0, 20, "explored")
+            assert edge.stop() == 0
+        with edge_kit.running([*command, "--cloud", cloud.address, "--metrics", "127.0.0.1:0", "--json"], tmp_path / "edge.log") as edge:
+            until(lambda: edge.scrape()["kcm_edge_feedback_waiting"] == 0, 20, "truths sent, by this daemon or the one before")
+        assert cloud.terminate() == 0
+    subprocess.run([*KCM, "store", "compact", str(store), "--json"], check=True, timeout=120, capture_output=True)
+    assert Counter(sample_id for _, sample_id in cloud_kit.stored_keys(store)) == dict.fromkeys(names, 1)
+    labels = cloud_kit.stored_labels(store)
+    assert {name: labels[name] for name in names} == {name: 3 if name == "0" else 2 for name in names}

@@ -42,11 +42,15 @@ def test_the_client_asks_a_real_edge(tiny_bundle: Path, tmp_path: Path) -> None:
     with running_edge(tiny_bundle, tmp_path) as edge:
         asked = client(EASY[1], HARD[0], "--address", edge.address)
         piped = client("--address", edge.address, lines="\n".join([*EASY, *HARD] * 20))
+        name = asked.stdout.split("\t")[3]
+        told = client("--truth", f"{name}=beta", "--truth", "unknown=alpha", "--address", edge.address)
+        wrong = client("--truth", f"{name}=omega", "--address", edge.address)
+    assert told.stdout == "2 kept, 1 matched\n" and wrong.returncode == 1 and "'omega' is none of the task's 4 labels" in wrong.stderr
     first, second = (line.split("\t") for line in asked.stdout.splitlines())
-    assert first[:2] == ["beta", "LOCAL"] and float(first[2]) > edge_kit.EPSILON and first[3] == EASY[1]
-    assert second[1] == "DEGRADED" and float(second[2]) <= edge_kit.EPSILON and second[4] == "(no cloud configured)"
+    assert first[:2] == ["beta", "LOCAL"] and float(first[2]) > edge_kit.EPSILON and first[4] == EASY[1]
+    assert second[1] == "DEGRADED" and float(second[2]) <= edge_kit.EPSILON and second[5] == "(no cloud configured)"
     lines = [line.split("\t") for line in piped.stdout.splitlines()]
-    assert [line[3] for line in lines] == [*EASY, *HARD] * 20, "two calls' worth, in order"
+    assert [line[4] for line in lines] == [*EASY, *HARD] * 20, "two calls' worth, in order"
     gone = client(EASY[0], "--address", edge.address)
     assert gone.returncode == 1 and gone.stderr.startswith("UNAVAILABLE: ") and "Traceback" not in gone.stderr
 

@@ -99,7 +99,7 @@ def distilled(made: Path, tmp_path: Path, code: str, large: Path) -> dict[str, A
     cloud = CloudProcess(made / "task" / "task.toml", large, tmp_path / "store", code=code)
     try:
         command = [KCM, "edge", "--bundle", str(made / "bundle"), "--listen", "127.0.0.1:0", "--state", str(tmp_path / "state")]
-        with running([*command, "--cloud", cloud.address, "--deadline-ms", "60000"], tmp_path / "edge.log") as edge:
+        with running([*command, "--cloud", cloud.address, "--deadline-ms", "60000", "--explore", "0"], tmp_path / "edge.log") as edge:
             sources = escalate(edge.address, stream_texts(made))
             assert edge.stop() == 0
         # Where a hint was used the teacher's own logits come later, in the background.

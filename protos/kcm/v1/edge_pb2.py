@@ -26,15 +26,15 @@ from protos.kcm.v1 import bundle_pb2 as protos_dot_kcm_dot_v1_dot_bundle__pb2
 from protos.kcm.v1 import sample_pb2 as protos_dot_kcm_dot_v1_dot_sample__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protos/kcm/v1/edge.proto\x12\x06kcm.v1\x1a\x1aprotos/kcm/v1/bundle.proto\x1a\x1aprotos/kcm/v1/sample.proto\"`\n\x0bInferSample\x12\x11\n\tsample_id\x18\x01 \x01(\t\x12 \n\x07payload\x18\x02 \x01(\x0b\x32\x0f.kcm.v1.Payload\x12\x1c\n\x05route\x18\x03 \x01(\x0e\x32\r.kcm.v1.Route\"4\n\x0cInferRequest\x12$\n\x07samples\x18\x01 \x03(\x0b\x32\x13.kcm.v1.InferSample\"\xa5\x02\n\x0bInferAnswer\x12\x11\n\tsample_id\x18\x01 \x01(\t\x12\x10\n\x08label_id\x18\x02 \x01(\r\x12\r\n\x05label\x18\x03 \x01(\t\x12*\n\x06source\x18\x04 \x01(\x0e\x32\x1a.kcm.v1.InferAnswer.Source\x12\x12\n\nconfidence\x18\x05 \x01(\x02\x12%\n\ncandidates\x18\x06 \x03(\x0b\x32\x11.kcm.v1.Candidate\x12\x10\n\x08model_id\x18\x07 \x01(\t\x12\x0e\n\x06reason\x18\x08 \x01(\t\"Y\n\x06Source\x12\x16\n\x12SOURCE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSOURCE_LOCAL\x10\x01\x12\x10\n\x0cSOURCE_CLOUD\x10\x02\x12\x13\n\x0fSOURCE_DEGRADED\x10\x03\"2\n\tCandidate\x12\x10\n\x08label_id\x18\x01 \x01(\r\x12\x13\n\x0bprobability\x18\x02 \x01(\x02\"2\n\nInferReply\x12$\n\x07\x61nswers\x18\x01 \x03(\x0b\x32\x13.kcm.v1.InferAnswer\")\n\x05Truth\x12\x11\n\tsample_id\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\"0\n\x0f\x46\x65\x65\x64\x62\x61\x63kRequest\x12\x1d\n\x06truths\x18\x01 \x03(\x0b\x32\r.kcm.v1.Truth\".\n\rFeedbackReply\x12\x0c\n\x04kept\x18\x01 \x01(\r\x12\x0f\n\x07matched\x18\x02 \x01(\r\"\x0f\n\rStatusRequest\"\x8e\x02\n\x0bStatusReply\x12\"\n\x06\x62undle\x18\x01 \x01(\x0b\x32\x12.kcm.v1.BundleInfo\x12\r\n\x05\x63loud\x18\x02 \x01(\t\x12\x16\n\x0e\x61nswered_local\x18\x03 \x01(\x04\x12\x16\n\x0e\x61nswered_cloud\x18\x04 \x01(\x04\x12\x19\n\x11\x61nswered_degraded\x18\x05 \x01(\x04\x12\x13\n\x0bspool_depth\x18\x06 \x01(\x04\x12\x14\n\x0clast_refusal\x18\x07 \x01(\t\x12\x0f\n\x07\x65psilon\x18\x08 \x01(\x01\x12\x12\n\nguaranteed\x18\t \x01(\x08\x12\r\n\x05\x64rift\x18\n \x01(\t\x12\x10\n\x08\x65xplored\x18\x0b \x01(\x04\x12\x10\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x0c \x01(\x04*\'\n\x05Route\x12\x08\n\x04\x41UTO\x10\x00\x12\t\n\x05LOCAL\x10\x01\x12\t\n\x05\x43LOUD\x10\x02\x32\xe8\x01\n\x04\x45\x64ge\x12\x31\n\x05Infer\x12\x14.kcm.v1.InferRequest\x1a\x12.kcm.v1.InferReply\x12;\n\x0bInferStream\x12\x14.kcm.v1.InferRequest\x1a\x12.kcm.v1.InferReply(\x01\x30\x01\x12:\n\x08\x46\x65\x65\x64\x62\x61\x63k\x12\x17.kcm.v1.FeedbackRequest\x1a\x15.kcm.v1.FeedbackReply\x12\x34\n\x06Status\x12\x15.kcm.v1.StatusRequest\x1a\x13.kcm.v1.StatusReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protos/kcm/v1/edge.proto\x12\x06kcm.v1\x1a\x1aprotos/kcm/v1/bundle.proto\x1a\x1aprotos/kcm/v1/sample.proto\"`\n\x0bInferSample\x12\x11\n\tsample_id\x18\x01 \x01(\t\x12 \n\x07payload\x18\x02 \x01(\x0b\x32\x0f.kcm.v1.Payload\x12\x1c\n\x05route\x18\x03 \x01(\x0e\x32\r.kcm.v1.Route\"4\n\x0cInferRequest\x12$\n\x07samples\x18\x01 \x03(\x0b\x32\x13.kcm.v1.InferSample\"\xa5\x02\n\x0bInferAnswer\x12\x11\n\tsample_id\x18\x01 \x01(\t\x12\x10\n\x08label_id\x18\x02 \x01(\r\x12\r\n\x05label\x18\x03 \x01(\t\x12*\n\x06source\x18\x04 \x01(\x0e\x32\x1a.kcm.v1.InferAnswer.Source\x12\x12\n\nconfidence\x18\x05 \x01(\x02\x12%\n\ncandidates\x18\x06 \x03(\x0b\x32\x11.kcm.v1.Candidate\x12\x10\n\x08model_id\x18\x07 \x01(\t\x12\x0e\n\x06reason\x18\x08 \x01(\t\"Y\n\x06Source\x12\x16\n\x12SOURCE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSOURCE_LOCAL\x10\x01\x12\x10\n\x0cSOURCE_CLOUD\x10\x02\x12\x13\n\x0fSOURCE_DEGRADED\x10\x03\"2\n\tCandidate\x12\x10\n\x08label_id\x18\x01 \x01(\r\x12\x13\n\x0bprobability\x18\x02 \x01(\x02\"2\n\nInferReply\x12$\n\x07\x61nswers\x18\x01 \x03(\x0b\x32\x13.kcm.v1.InferAnswer\")\n\x05Truth\x12\x11\n\tsample_id\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\"0\n\x0f\x46\x65\x65\x64\x62\x61\x63kRequest\x12\x1d\n\x06truths\x18\x01 \x03(\x0b\x32\r.kcm.v1.Truth\"?\n\rFeedbackReply\x12\x0c\n\x04kept\x18\x01 \x01(\r\x12\x0f\n\x07matched\x18\x02 \x01(\r\x12\x0f\n\x07\x64ropped\x18\x03 \x01(\r\"\x0f\n\rStatusRequest\"\x8e\x02\n\x0bStatusReply\x12\"\n\x06\x62undle\x18\x01 \x01(\x0b\x32\x12.kcm.v1.BundleInfo\x12\r\n\x05\x63loud\x18\x02 \x01(\t\x12\x16\n\x0e\x61nswered_local\x18\x03 \x01(\x04\x12\x16\n\x0e\x61nswered_cloud\x18\x04 \x01(\x04\x12\x19\n\x11\x61nswered_degraded\x18\x05 \x01(\x04\x12\x13\n\x0bspool_depth\x18\x06 \x01(\x04\x12\x14\n\x0clast_refusal\x18\x07 \x01(\t\x12\x0f\n\x07\x65psilon\x18\x08 \x01(\x01\x12\x12\n\nguaranteed\x18\t \x01(\x08\x12\r\n\x05\x64rift\x18\n \x01(\t\x12\x10\n\x08\x65xplored\x18\x0b \x01(\x04\x12\x10\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x0c \x01(\x04*\'\n\x05Route\x12\x08\n\x04\x41UTO\x10\x00\x12\t\n\x05LOCAL\x10\x01\x12\t\n\x05\x43LOUD\x10\x02\x32\xe8\x01\n\x04\x45\x64ge\x12\x31\n\x05Infer\x12\x14.kcm.v1.InferRequest\x1a\x12.kcm.v1.InferReply\x12;\n\x0bInferStream\x12\x14.kcm.v1.InferRequest\x1a\x12.kcm.v1.InferReply(\x01\x30\x01\x12:\n\x08\x46\x65\x65\x64\x62\x61\x63k\x12\x17.kcm.v1.FeedbackRequest\x1a\x15.kcm.v1.FeedbackReply\x12\x34\n\x06Status\x12\x15.kcm.v1.StatusRequest\x1a\x13.kcm.v1.StatusReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.kcm.v1.edge_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROUTE']._serialized_start=1075
-  _globals['_ROUTE']._serialized_end=1114
+  _globals['_ROUTE']._serialized_start=1092
+  _globals['_ROUTE']._serialized_end=1131
   _globals['_INFERSAMPLE']._serialized_start=92
   _globals['_INFERSAMPLE']._serialized_end=188
   _globals['_INFERREQUEST']._serialized_start=190
@@ -52,11 +52,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FEEDBACKREQUEST']._serialized_start=687
   _globals['_FEEDBACKREQUEST']._serialized_end=735
   _globals['_FEEDBACKREPLY']._serialized_start=737
-  _globals['_FEEDBACKREPLY']._serialized_end=783
-  _globals['_STATUSREQUEST']._serialized_start=785
-  _globals['_STATUSREQUEST']._serialized_end=800
-  _globals['_STATUSREPLY']._serialized_start=803
-  _globals['_STATUSREPLY']._serialized_end=1073
-  _globals['_EDGE']._serialized_start=1117
-  _globals['_EDGE']._serialized_end=1349
+  _globals['_FEEDBACKREPLY']._serialized_end=800
+  _globals['_STATUSREQUEST']._serialized_start=802
+  _globals['_STATUSREQUEST']._serialized_end=817
+  _globals['_STATUSREPLY']._serialized_start=820
+  _globals['_STATUSREPLY']._serialized_end=1090
+  _globals['_EDGE']._serialized_start=1134
+  _globals['_EDGE']._serialized_end=1366
 # @@protoc_insertion_point(module_scope)

@@ -93,12 +93,14 @@ class FeedbackRequest(_message.Message):
     def __init__(self, truths: _Optional[_Iterable[_Union[Truth, _Mapping]]] = ...) -> None: ...
 
 class FeedbackReply(_message.Message):
-    __slots__ = ("kept", "matched")
+    __slots__ = ("kept", "matched", "dropped")
     KEPT_FIELD_NUMBER: _ClassVar[int]
     MATCHED_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
     kept: int
     matched: int
-    def __init__(self, kept: _Optional[int] = ..., matched: _Optional[int] = ...) -> None: ...
+    dropped: int
+    def __init__(self, kept: _Optional[int] = ..., matched: _Optional[int] = ..., dropped: _Optional[int] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()
