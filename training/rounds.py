@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +17,14 @@ from training.distil import gauged, round_examples
 from training.fit import fit, one_hot
 from training.judge import Predictions
 from training.reserve import SHARE as RESERVED
+from training.reservoir import survivors
+from training.select import Taught
 from training.small import Examples, Small
 
 Float32 = NDArray[np.float32]
 Index = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 Teacher = Callable[[list[str]], Float32]  # texts → logits [N, C], without a hint
-
-EXPLORED = 0.02  # share of a round's samples that is asked about at random, so that labels aren't hard ones alone
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,20 @@ class Stream:
 class Loop:
     """The state between rounds. Features of the stream are made once; teacher logits only for what was escalated."""
 
-    def __init__(self, task: Task, kind: Small, train: Split, stream: Split, teacher: Teacher, *, seed: int) -> None:
+    def __init__(self, task: Task, kind: Small, train: Split, stream: Split, teacher: Teacher, *, seed: int, features: Any = None) -> None:
+        """`features` of the stream, where they are made already."""
         n, classes = len(train), len(task.labels)
         self._task, self._kind, self._teacher, self._seed = task, kind, teacher, seed
         self._stream = stream
-        self._features = kind.featurise(stream.texts)
+        self._features = kind.featurise(stream.texts) if features is None else features
         ones = np.ones(n, np.float32)
         self._labelled = Examples(kind.featurise(train.texts), one_hot(train.y, classes), ones, ones > 0, ones < 0)
         self._logits = np.zeros((0, classes), np.float32)
+        self._p_escalate = np.zeros(0, np.float32)
+        self._explored = np.zeros(0, bool)
         self.escalated: Index = np.zeros(0, np.int64)
+        self._rounds = 0
+        self.taught = Taught(Predictions(self._logits, self._p_escalate, self._p_escalate), self._logits)  # of no sample yet
         self.passed = 1.0  # share of teacher rows above ε_l in the last round
         self.fitted = fit(task, kind, self._labelled, seed=seed)
         small_accuracy = float((self.fitted.out_of_fold.logits.argmax(1) == train.y).mean())
@@ -65,25 +72,46 @@ class Loop:
         return self._kind.predict(self.fitted.small, self._kind.take(self._features, index))
 
     def advance(self, chunk: Index, reserve: Index, share: float) -> None:
-        """Escalate at most `share` of a chunk by the current judge, then refit on labels and all teacher logits so far."""
-        chosen = self._escalate(chunk, reserve, share)
-        logits = self._teacher([self._stream.texts[i] for i in chosen])
+        """Ask about at most `share` of a chunk, then refit on labels and on the teacher logits so far, within the caps."""
+        chosen, p_escalate, explored = self._escalate(chunk, reserve, share)
+        logits = self._teacher([self._stream.texts[i] for i in chosen]) if len(chosen) else self._logits[:0]
         self.escalated = np.concatenate([self.escalated, chosen])
         self._logits = np.concatenate([self._logits, logits])
-        examples, self.passed, _ = round_examples(
+        self._p_escalate = np.concatenate([self._p_escalate, p_escalate])
+        self._explored = np.concatenate([self._explored, explored])
+        self._rounds += 1
+        taught = self._taught()
+        examples, self.passed, used = round_examples(
             self._kind,
             self._labelled,
             self.fitted.out_of_fold.take(np.arange(len(self._labelled))),
             self.fitted.judge,
-            self._kind.take(self._features, self.escalated),
-            self._logits,
+            self._kind.take(self._features, self.escalated[taught]),
+            self._logits[taught],
             self.spec,
+            p_escalate=self._p_escalate[taught],
+            seed=(self._seed, self._rounds),
         )
         self.fitted = fit(self._task, self._kind, examples, seed=self._seed)
+        self.taught = Taught(self.fitted.out_of_fold.take(np.flatnonzero(~examples.labelled)), self._logits[taught][used])
 
-    def _escalate(self, chunk: Index, reserve: Index, share: float) -> Index:
-        """The policy on a stream: ε from fresh traffic, a little exploration, and the budget as a cap."""
-        epsilon = epsilon_for_rate(self.fitted.judge.confidence(self.predict(reserve)), max(0.0, share - EXPLORED))
-        explored = np.random.default_rng([self._seed, len(self.escalated)]).random(len(chunk)) < EXPLORED
+    def _escalate(self, chunk: Index, reserve: Index, share: float) -> tuple[Index, Float32, Mask]:
+        """Which samples are asked about [K], with which probability each came to be [K], and which of them are explored ones [K].
+
+        The policy on a stream: ε from fresh traffic, a little exploration, and the budget as a cap; or the budget at random.
+        """
+        random, most = np.random.default_rng([self._seed, len(self.escalated)]), int(share * len(chunk))
+        if self.spec.at_random:
+            chosen = np.sort(random.choice(len(chunk), most, replace=False))
+            return chunk[chosen], np.full(most, share, np.float32), np.zeros(most, bool)
+        explore = self.spec.explore
+        epsilon = epsilon_for_rate(self.fitted.judge.confidence(self.predict(reserve)), max(0.0, share - explore))
+        explored = random.random(len(chunk)) < explore
         unsure = self.fitted.judge.confidence(self.predict(chunk)) <= epsilon
-        return chunk[unsure | explored][: int(share * len(chunk))]
+        chosen = np.flatnonzero(unsure | explored)[:most]
+        return chunk[chosen], np.where(unsure, 1.0, explore)[chosen].astype(np.float32), (explored & ~unsure)[chosen]
+
+    def _taught(self) -> Index:
+        """The escalated samples that the caps leave: places in `escalated`. Each counts as another device's."""
+        drawn = np.random.default_rng([self._seed, len(self._stream)]).random(len(self._stream))[self.escalated]
+        return survivors(drawn + ~self._explored, self._logits.argmax(1), self.escalated, self.spec)

@@ -26,7 +26,7 @@ from training.fixed import FixedGraph
 from training.heads import OutcomeHead
 from training.judge import Judge, Predictions
 from training.ngrams import NgramModel
-from training.select import Router
+from training.select import Router, Taught
 
 Float32 = NDArray[np.float32]
 SCHEMA = 1
@@ -64,6 +64,12 @@ class Run:
     threshold: Threshold
     metrics: dict[str, Any] = field(default_factory=dict)
     head: OutcomeHead | None = None  # the head of correctness or benefit, where calibration chose one
+
+    @property
+    def taught(self) -> Taught:
+        """What the large model answered in earlier rounds, with out-of-fold predictions of it."""
+        rows = np.flatnonzero(~self.labelled)
+        return Taught(self.out_of_fold.take(rows), np.log(np.maximum(self.targets[rows], 1e-9)))
 
     @property
     def router(self) -> Router:

@@ -13,33 +13,64 @@ from kcm.calibration import HeadChoice, HeadEvidence, HeadName
 from kcm.errors import ConfigError
 from kcm.policy import epsilon_for_rate
 from training.evaluate import paired_interval
-from training.fit import fold_of
-from training.heads import OutcomeHead, fit_outcome_head
+from training.fit import fold_of, softmax
+from training.heads import Kind, OutcomeHead, fit_outcome_head, outcome_rates, outcomes
 from training.judge import Judge, Predictions, max_softmax
 
 Float32 = NDArray[np.float32]
 Bool = NDArray[np.bool_]
+Index = NDArray[np.int64]
 
 RATES = (0.1, 0.2, 0.3, 0.4)  # cloud calls at which heads are compared
 FEWEST = 100  # samples below which nothing is chosen by them
 _FOLDS = 5
+_TAUGHT_WEIGHT = 0.2  # of a sample whose outcome is inferred, against one whose label is known
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Labelled samples [N] that neither model was fitted on: the small model's outputs, who was right, and weights (1/p_escalate)."""
+    """Labelled samples [N] that neither model was fitted on: the small model's outputs, the large one's logits [N, C], labels [N].
+
+    weights [N]: 1/p_escalate of samples that were sent by chance; None where all count alike.
+    """
 
     predictions: Predictions
-    small_right: Bool
-    large_right: Bool
+    large: Float32
+    labels: Index
     weights: Float32 | None = None
 
     def __len__(self) -> int:
-        return len(self.predictions)
+        return len(self.labels)
 
-    def take(self, index: NDArray[np.int64]) -> Selection:
+    @property
+    def small_right(self) -> Bool:
+        right: Bool = self.predictions.logits.argmax(1) == self.labels
+        return right
+
+    @property
+    def large_right(self) -> Bool:
+        right: Bool = self.large.argmax(1) == self.labels
+        return right
+
+    @property
+    def shares(self) -> Float32:
+        """Weights [N] of mean one."""
+        if self.weights is None:
+            return np.ones(len(self), np.float32)
+        shares: Float32 = (self.weights / self.weights.mean()).astype(np.float32)
+        return shares
+
+    def take(self, index: Index) -> Selection:
         weights = None if self.weights is None else self.weights[index]
-        return Selection(self.predictions.take(index), self.small_right[index], self.large_right[index], weights)
+        return Selection(self.predictions.take(index), self.large[index], self.labels[index], weights)
+
+
+@dataclass(frozen=True)
+class Taught:
+    """Samples [M] that the large model answered and whose truth nobody knows: out-of-fold predictions, and its log-probabilities [M, C]."""
+
+    predictions: Predictions
+    large: Float32
 
 
 @dataclass(frozen=True)
@@ -60,7 +91,7 @@ class Router:
         return self.outcome.score(predictions)
 
 
-def choose(judge: Judge, head: str, selection: Selection | None) -> Router:
+def choose(judge: Judge, head: str, selection: Selection | None, taught: Taught | None = None) -> Router:
     """The router with the named head, or ("auto") with the one that the selection split speaks for.
 
     auto: the head with the best routed accuracy over RATES, where it beats max-softmax by more than a standard error of the paired
@@ -80,23 +111,21 @@ def choose(judge: Judge, head: str, selection: Selection | None) -> Router:
             )
         return Router(judge, _unselected(head))
     if head == "auto" and len(selection) < FEWEST:
-        choice = HeadChoice(
-            reason=f"{len(selection)} selection samples are too few to choose by: it takes {FEWEST}", samples=len(selection)
-        )
-        return Router(judge, choice)
-    choice = compare(judge, selection)
+        reason = f"{len(selection)} selection samples are too few to choose by: it takes {FEWEST}"
+        return Router(judge, HeadChoice(reason=reason, samples=len(selection)))
+    choice = compare(judge, selection, taught)
     for name in names:
         if name == head:
             choice = msgspec.structs.replace(choice, head=name, reason="set by hand")
     outcome = None
-    if choice.head in ("correctness", "benefit"):
-        outcome = _fit(judge, choice.head, selection)
+    if choice.head == "correctness" or choice.head == "benefit":
+        outcome = fit_head(choice.head, judge, selection, taught)
     return Router(judge, choice, outcome)
 
 
-def compare(judge: Judge, selection: Selection) -> HeadChoice:
+def compare(judge: Judge, selection: Selection, taught: Taught | None = None) -> HeadChoice:
     """Every head's routed accuracy on the selection split; fitted heads are scored on the folds that they weren't fitted on."""
-    right = {name: _routed(score, selection) for name, score in _scores(judge, selection).items()}
+    right = {name: _routed(score, selection) for name, score in _scores(judge, selection, taught).items()}
     base = right["max-softmax"]
     evidence: dict[str, HeadEvidence] = {}
     lead: dict[HeadName, float] = {}
@@ -114,34 +143,80 @@ def compare(judge: Judge, selection: Selection) -> HeadChoice:
     return HeadChoice(head="max-softmax", reason=reason, samples=len(selection), evidence=evidence)
 
 
-def _scores(judge: Judge, selection: Selection) -> dict[HeadName, Float32]:
+def fit_head(kind: Kind, judge: Judge, selection: Selection, taught: Taught | None) -> OutcomeHead:
+    """Fit on the labelled samples, and on what the large model answered: there the truth is inferred from both models' logits."""
+    small, large = selection.small_right, selection.large_right
+    predictions, targets, weights = selection.predictions, outcomes(kind, small, large), selection.shares
+    if taught is not None and len(taught.predictions):
+        inferred = inferred_outcomes(kind, taught, pool(selection))
+        predictions = Predictions.concatenate([predictions, taught.predictions])
+        targets = np.concatenate([targets, inferred])
+        weights = np.concatenate([weights, np.full(len(inferred), _TAUGHT_WEIGHT, np.float32)])
+    return fit_outcome_head(
+        judge.spec,
+        kind,
+        predictions,
+        targets,
+        temperature=float(judge.temperature),
+        rates=outcome_rates(small, large, selection.shares),
+        weights=weights,
+    )
+
+
+def pool(selection: Selection) -> tuple[float, float]:
+    """(a, b) of P(y | x) ∝ exp(a z_small + b z_large), the logarithmic pool of both models, by likelihood on the labelled samples."""
+    from scipy.optimize import minimize
+
+    small, large = (z.astype(np.float64) for z in (selection.predictions.logits, selection.large))
+    rows, shares = np.arange(len(selection)), selection.shares / len(selection)
+
+    def loss(exponents: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        z = exponents[0] * small + exponents[1] * large
+        z -= z.max(1, keepdims=True)
+        p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+        p_label = np.maximum(p[rows, selection.labels], 1e-12)
+        slopes = [shares @ ((p * z_).sum(1) - z_[rows, selection.labels]) for z_ in (small, large)]
+        return float(-shares @ np.log(p_label)), np.array(slopes)
+
+    a, b = minimize(loss, np.ones(2), jac=True, method="L-BFGS-B", bounds=[(0, None)] * 2).x
+    return float(a), float(b)
+
+
+def inferred_outcomes(kind: Kind, taught: Taught, exponents: tuple[float, float]) -> Float32:
+    """Outcomes' probabilities [M, 2 or 3] under the pool of both models. Where both agree a call changes nothing."""
+    small = taught.predictions.logits
+    q = softmax(exponents[0] * small + exponents[1] * taught.large)
+    rows, ours, theirs = np.arange(len(q)), small.argmax(1), taught.large.argmax(1)
+    if kind == "correctness":
+        return np.stack([1 - q[rows, ours], q[rows, ours]], 1)
+    differ = ours != theirs
+    hurt, benefit = q[rows, ours] * differ, q[rows, theirs] * differ
+    return np.stack([hurt, 1 - hurt - benefit, benefit], 1).astype(np.float32)
+
+
+def _scores(judge: Judge, selection: Selection, taught: Taught | None) -> dict[HeadName, Float32]:
     scores: dict[HeadName, Float32] = {
         "max-softmax": max_softmax(selection.predictions.logits, float(judge.temperature)),
         "confidence": judge.confidence(selection.predictions),
     }
     outcome = 2 * selection.small_right + selection.large_right
     folds = fold_of(outcome.astype(np.int64), _FOLDS, seed=0)
-    for name in ("correctness", "benefit"):
+    kinds: tuple[Kind, ...] = ("correctness", "benefit")
+    for kind in kinds:
         score = np.zeros(len(selection), np.float32)
         for fold in range(_FOLDS):
             held = np.flatnonzero(folds == fold)
-            score[held] = _fit(judge, name, selection.take(np.flatnonzero(folds != fold))).score(selection.predictions.take(held))
-        scores[name] = score
+            head = fit_head(kind, judge, selection.take(np.flatnonzero(folds != fold)), taught)
+            score[held] = head.score(selection.predictions.take(held))
+        scores[kind] = score
     return scores
 
 
 def _routed(score: Float32, selection: Selection) -> NDArray[np.float64]:
     """Per sample [N] how often the routed answer is right over RATES, weighted so that the mean is the traffic's."""
     rows = [np.where(score > epsilon_for_rate(score, rate), selection.small_right, selection.large_right) for rate in RATES]
-    right: NDArray[np.float64] = np.mean(rows, 0)
-    return right if selection.weights is None else right * selection.weights / selection.weights.mean()
-
-
-def _fit(judge: Judge, name: HeadName, selection: Selection) -> OutcomeHead:
-    assert name == "correctness" or name == "benefit"
-    s = selection
-    temperature = float(judge.temperature)
-    return fit_outcome_head(judge.spec, name, s.predictions, s.small_right, s.large_right, temperature=temperature, weights=s.weights)
+    right: NDArray[np.float64] = np.mean(rows, 0) * selection.shares
+    return right
 
 
 def _unselected(head: str) -> HeadChoice:

@@ -58,7 +58,7 @@ class Labelled:
     def selection(self) -> Selection:
         from training.select import Selection
 
-        return Selection(self.predictions, self.small_right, self.large_right)
+        return Selection(self.predictions, self.large, self.split.y)
 
 
 def calibrate(
@@ -121,7 +121,7 @@ def calibrate(
     model = load_large(large) if large else None
     divided = head not in ("confidence", "max-softmax") or hint == "auto"
     selection, labelled = _labelled(loaded, kind, model, steps, divided=divided)
-    router = choose(loaded.judge, head, selection.selection if selection else None)
+    router = choose(loaded.judge, head, selection.selection if selection else None, loaded.taught)
     loaded = replace(loaded, head=router.outcome, threshold=msgspec.structs.replace(loaded.threshold, head=router.choice))
     scores, source = unlabelled_scores(loaded, kind)
     promise = None

@@ -22,6 +22,7 @@ def simulate(
     epsilon: float | None = typer.Option(
         None, "--epsilon", min=0.0, max=1.0, help="ε for kcm_accuracy and cloud_rate instead of the task's."
     ),
+    methods: str = typer.Option("", "--methods", help="Distil by each of these on the same seeds, as d,kd,mcm,kcm; else by the task's."),
     floor: bool = typer.Option(True, "--floor/--no-floor", help="Run the TF-IDF + linear + max-softmax baseline beside."),
     as_json: bool = typer.Option(False, "--json", help="Print the result as JSON on stdout."),
     out: Path = typer.Option(None, "--out", help="Also write the JSON to this file."),
@@ -29,36 +30,52 @@ def simulate(
     """Rounds 0..N of the closed loop on a task with train, large_train, stream and test files, no server involved.
 
     Per round: accuracy of the small and the large model, of KCM at ε, and the curve of accuracy against cloud calls. ε for each
-    target comes from a tenth of the stream that is never distilled; labels of the stream are never read.
+    target comes from a tenth of the stream that is never distilled; labels of the stream are never read. With --methods the paper's
+    rows stand side by side: D, KD (samples drawn at random, the same budget), MCM and KCM.
     """
-    from training.simulate import SeedResult, simulate_seed, summarise
+    from kcm.task import with_method
+    from training.simulate import SeedResult, compare_methods, simulate_seed, summarise
 
     steps = Steps()
     started = time.monotonic()
-    results: list[SeedResult] = []
+    asked = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip())) or [""]
+    results: dict[str, list[SeedResult]] = {name: [] for name in asked}
     with tempfile.TemporaryDirectory() as scratch:
         setting = load_setting(
             task, large=large, rounds=rounds, share=share, epsilon=epsilon, floor=floor, scratch=Path(scratch), steps=steps
         )
+        for name in filter(None, asked):
+            with_method(setting.task, name)  # an unknown one fails now
         for seed in range(seeds):
-            results.append(simulate_seed(setting, seed, lambda text, seed=seed: steps(f"seed {seed}: {text}")))  # type: ignore[misc]
-    summary: dict[str, Any] = {**summarise(results), "task": setting.task.id, "seconds": round(time.monotonic() - started, 1)}
+            for name in asked:
+                where = f"seed {seed}, {name}: " if name else f"seed {seed}: "
+                results[name].append(simulate_seed(setting, seed, lambda text, where=where: steps(where + text), name))  # type: ignore[misc]
+    summary: dict[str, Any] = {"schema": 1, "task": setting.task.id, "seconds": round(time.monotonic() - started, 1)}
+    if len(asked) == 1:
+        summary = {**summarise(results[asked[0]]), **summary, "method": asked[0] or setting.task.distill.method}
+    else:
+        summary |= {"methods": {name: summarise(of_name) for name, of_name in results.items()}, "paired": compare_methods(results)}
     text = json.dumps(summary)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text)
-    typer.echo(text if as_json else table(summary))
+    typer.echo(text if as_json else method_table(summary) if "methods" in summary else table(summary))
 
 
 def load_setting(
     task_name: str, *, large: str, rounds: int, share: float, epsilon: float | None, floor: bool, scratch: Path, steps: Steps
 ) -> Any:
-    """The simulation's setting: files read, large model fitted and asked about the test split."""
+    """The simulation's setting: files read, large model fitted and asked about the test split.
+
+    How frequent a class is, its rows in large_train say: an edge's few labels are often drawn evenly.
+    """
     import msgspec
+    import numpy as np
 
     from kcm.app.models import LargeInProcess, load_small_kind, one_thread
     from kcm.assets import model_path, task_path
     from kcm.task import load_task
+    from training.calibrate import distinct
     from training.data import load_split
     from training.simulate import Setting
 
@@ -75,6 +92,9 @@ def load_setting(
     steps(
         f"task {task.id}: {len(task.labels)} labels, train {len(train)}, large_train {len(teach)}, stream {len(stream)}, test {len(test)}"
     )
+    # No ε is chosen by labels here, so all that were kept back may choose the head.
+    name = "selection" if task.data.selection else "calibration"
+    selection = distinct(load_split(task, name)) if getattr(task.data, name) else None
     kind_of_small = load_small_kind(task, steps)
     steps(f"large model {task.large.model}: fit")
     teacher = LargeInProcess(task, scratch / "large", teach, steps)
@@ -89,7 +109,35 @@ def load_setting(
         rounds=rounds,
         share=share,
         floor=floor,
+        frequency=np.bincount(teach.y, minlength=len(task.labels)),
+        selection=selection,
     )
+
+
+def method_table(summary: dict[str, Any]) -> str:
+    """The paper's rows: the last round of each method over seeds, mean ± sd in percent, and what the best one has over each."""
+    some = next(iter(summary["methods"].values()))
+    title = f"task {summary['task']}, {len(some['seeds'])} seeds, round {int(some['mean']['round'])}, {summary['seconds']:.0f} s"
+    rates = [rate for rate in some["mean"]["curve"] if 0 < float(rate) < 1]
+    groups = list(some["mean"]["groups"]["small"])
+    head = "".join(f" {'at ' + format(float(rate), '.0%'):13}" for rate in rates)
+    lines = [title, "", f"{'':8} {'asked':>6}  {'small alone':13}{head} {' / '.join(groups)} of small"]
+    start = [seed["rounds"][0]["small_accuracy"] for seed in some["seeds"]]
+    lines.append(f"{'round 0':8} {'':>6}  {100 * sum(start) / len(start):5.2f}")
+    for name, of_name in summary["methods"].items():
+        mean, sd = of_name["mean"], of_name["sd"]
+        cells = [_cell(mean["small_accuracy"], sd["small_accuracy"])]
+        cells += [_cell(mean["curve"][rate]["accuracy"], sd["curve"][rate]["accuracy"]) for rate in rates]
+        tail = " / ".join(f"{100 * mean['groups']['small'][group]:.1f}" for group in groups)
+        lines.append(f"{'+ ' + name.upper():8} {mean['escalated_of_stream']:6.1%}  {' '.join(f'{cell:13}' for cell in cells)} {tail}")
+    large = some["mean"]
+    lines.append(f"{'large':8} {'':>6}  {100 * large['large_accuracy']:5.2f}")
+    lines.append("")
+    for name, at in summary["paired"].items():
+        cells = [f"{'small' if float(rate) == 0 else format(float(rate), '.0%')} {_interval(at[rate])}" for rate in at]
+        lines.append(f"{name.replace('_minus_', ' − ').upper()}: " + "   ".join(cells))
+    lines.append("accuracy in %, mean ± sd over seeds; differences in points with 95 % intervals, paired over seeds and samples")
+    return "\n".join(lines)
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -97,26 +145,41 @@ def table(summary: dict[str, Any]) -> str:
     mean, sd = summary["mean"], summary["sd"]
     twin = "mlp" if "mlp_accuracy" in mean["curve"]["0.0"] else "kan"
     title = f"task {summary['task']}, {len(summary['seeds'])} seeds, round {int(mean['round'])}"
-    at_epsilon = f"KCM {_cell(mean['kcm_accuracy'], sd['kcm_accuracy'])} with {mean['cloud_rate']:.1%} calls"
+    at_epsilon = f"{_cell(mean['kcm_accuracy'], sd['kcm_accuracy'])} with {mean['cloud_rate']:.1%} calls"
+    columns = {"KCM": "", "max-softmax": "max_softmax_", "C_x": "confidence_", f"{twin} twin": f"{twin}_"}
     lines = [
         f"{title}, {mean['escalated_of_stream']:.1%} of the stream escalated, {summary['seconds']:.0f} s",
         f"small {_cell(mean['small_accuracy'], sd['small_accuracy'])}   large {_cell(mean['large_accuracy'], sd['large_accuracy'])}   "
-        f"at ε = {mean['epsilon']:.2f}: {at_epsilon}",
+        f"C_x > {mean['epsilon']:.2f}: {at_epsilon}   head: {mean['head']}",
         "",
-        f"{'target':>6} {'calls':>6}  {'KCM':14} {'max-softmax':14} {'twin judge':14} {'floor':14} {'KCM − max-softmax':24} KCM − floor",
+        f"{'target':>6} {'calls':>6}  {' '.join(f'{name:14}' for name in columns)}" + (" floor" if "floor" in mean else ""),
     ]
     for rate, at in mean["curve"].items():
         spread = sd["curve"][rate]
-        cells = [_cell(at[f"{name}accuracy"], spread[f"{name}accuracy"]) for name in ("", "max_softmax_", f"{twin}_")]
-        cells.append(_cell(mean["floor"]["curve"][rate]["accuracy"], sd["floor"]["curve"][rate]["accuracy"]) if "floor" in mean else "–")
-        paired = [_interval(summary["paired"].get(f"kcm_minus_{name}", {}).get(rate)) for name in ("max_softmax", "floor")]
-        columns = " ".join(f"{cell:14}" for cell in cells)
-        lines.append(f"{float(rate):6.0%} {at['realised_rate']:6.1%}  {columns} {paired[0]:24} {paired[1]}")
+        cells = [_cell(at[f"{prefix}accuracy"], spread[f"{prefix}accuracy"]) for prefix in columns.values()]
+        if "floor" in mean:
+            cells.append(_cell(mean["floor"]["curve"][rate]["accuracy"], sd["floor"]["curve"][rate]["accuracy"]))
+        lines.append(f"{float(rate):6.0%} {at['realised_rate']:6.1%}  " + " ".join(f"{cell:14}" for cell in cells))
+    lines += ["", f"{'':6} {'':6}  " + " ".join(f"{'KCM − ' + _NAMES.get(name[10:], name[10:]):24}" for name in summary["paired"])]
+    for rate in mean["curve"]:
+        cells = [_interval(at.get(rate)) for at in summary["paired"].values()]
+        if any(cell != "–" for cell in cells):
+            lines.append(f"{float(rate):6.0%} {'':6}  " + " ".join(f"{cell:24}" for cell in cells))
+    groups = {name: " / ".join(f"{100 * value:.1f}" for value in at.values()) for name, at in mean["groups"].items()}
+    lines += ["", f"{' / '.join(mean['groups']['small'])} frequent classes: " + ", ".join(f"{name} {at}" for name, at in groups.items())]
+    if "outside_auroc" in mean:
+        lines.append(
+            "AUROC against texts of no class: " + ", ".join(f"{_NAMES.get(k, k)} {v:.3f}" for k, v in mean["outside_auroc"].items())
+        )
     lines += [
         "accuracy in %, mean ± sd over seeds; differences in points with 95 % intervals, paired over seeds and samples",
-        f"twin judge: {twin} with as many parameters; floor: TF-IDF + linear + max-softmax, same protocol; calls: KCM's, on the test split",
+        f"twin: the same head on {'an MLP' if twin == 'mlp' else 'a KAN'} with as many parameters; floor: TF-IDF + linear + max-softmax",
+        f"calls: KCM's, on the test split; groups at {mean['grouped_at']:.0%} calls",
     ]
     return "\n".join(lines)
+
+
+_NAMES = {"kcm": "KCM", "max_softmax": "max-softmax", "confidence": "C_x", "largest_logit": "largest logit"}
 
 
 def _cell(mean: float, sd: float) -> str:

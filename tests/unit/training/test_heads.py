@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 import numpy as np
 import pytest
@@ -11,10 +13,10 @@ from scipy.stats import spearmanr
 from kcm.errors import ConfigError
 from kcm.task import JudgeSpec
 from training.evaluate import auroc, route
-from training.fit import softmax
-from training.heads import OutcomeHead, fit_outcome_head
+from training.fit import one_hot, softmax
+from training.heads import OutcomeHead
 from training.judge import Judge, Predictions, max_softmax
-from training.select import FEWEST, Router, Selection, choose, compare
+from training.select import FEWEST, Router, Selection, Taught, choose, compare, fit_head, inferred_outcomes, pool
 
 CLASSES = 6
 
@@ -26,8 +28,16 @@ def world(rows: int, seed: int, *, bad_class: bool, large: float = 0.9) -> Selec
     labels = (rng.random((rows, 1)) > softmax(logits).cumsum(1)).sum(1).clip(0, CLASSES - 1)
     answer = logits.argmax(1)
     large_right = rng.random(rows) < np.where(bad_class & (answer < 2), 0.1, large)
+    theirs = np.where(large_right, labels, (labels + rng.integers(1, CLASSES, rows)) % CLASSES)
     given = Predictions(logits, rng.integers(1, 30, rows).astype(np.float32), rng.random(rows).astype(np.float32))
-    return Selection(given, answer == labels, large_right)
+    # The large model is surer of itself where it is right, as real ones are.
+    sure = rng.normal(np.where(large_right, 4, 1), 1).clip(0.1)[:, None]
+    return Selection(given, (sure * one_hot(theirs, CLASSES)).astype(np.float32), labels)
+
+
+def fitted(selection: Selection, kind: str = "benefit", spec: JudgeSpec | None = None) -> OutcomeHead:
+    judge = Judge(spec or JudgeSpec(), CLASSES)
+    return fit_head(kind, judge, selection, None)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +60,13 @@ def test_before_any_evidence_a_head_ranks_as_max_softmax(kind: str, spec: JudgeS
 @pytest.mark.parametrize("kind", ["correctness", "benefit"])
 def test_with_nothing_to_learn_a_fitted_head_still_ranks_nearly_so(kind: str) -> None:
     seen, fresh = world(800, 0, bad_class=False), world(2000, 1, bad_class=False)
-    head = fit_outcome_head(JudgeSpec(), kind, seen.predictions, seen.small_right, seen.large_right, temperature=1.0)  # type: ignore[arg-type]
+    head = fitted(seen, kind)
     assert spearmanr(head.score(fresh.predictions), max_softmax(fresh.predictions.logits)).statistic > 0.9
 
 
 def test_benefit_keeps_what_the_large_model_fails_on_too() -> None:
     seen, fresh = world(800, 0, bad_class=True), world(4000, 1, bad_class=True)
-    head = fit_outcome_head(JudgeSpec(), "benefit", seen.predictions, seen.small_right, seen.large_right, temperature=1.0)
+    head = fitted(seen)
     gain = fresh.large_right.astype(int) - fresh.small_right
     ours, theirs = head.score(fresh.predictions), max_softmax(fresh.predictions.logits)
     assert auroc(-ours, gain > 0) > auroc(-theirs, gain > 0) + 0.05
@@ -68,7 +78,7 @@ def test_benefit_keeps_what_the_large_model_fails_on_too() -> None:
 def test_half_of_the_score_says_that_a_call_gains_nothing() -> None:
     """(1 + P(hurt) − P(benefit)) / 2."""
     seen = world(500, 0, bad_class=True)
-    head = fit_outcome_head(JudgeSpec(), "benefit", seen.predictions, seen.small_right, seen.large_right, temperature=1.0)
+    head = fitted(seen)
     with torch.inference_mode():
         hurt, _, benefit = head(*seen.predictions.tensors()).exp().numpy().T
     np.testing.assert_allclose(head.score(seen.predictions), (1 + hurt - benefit) / 2, atol=1e-6)
@@ -85,27 +95,27 @@ def test_weights_make_a_thinned_sample_look_like_the_whole() -> None:
     thin = whole.take(kept)
     weights = np.where(thin.predictions.logits.argmax(1) >= 2, 10.0, 1.0).astype(np.float32)
 
-    def rates(selection: Selection, weights: np.ndarray | None) -> np.ndarray:
-        s = selection
-        head = fit_outcome_head(JudgeSpec(), "benefit", s.predictions, s.small_right, s.large_right, temperature=1.0, weights=weights)
-        return head.rates.numpy()
+    weighted = replace(thin, weights=weights)
 
-    assert np.abs(rates(thin, weights) - rates(whole, None)).max() < 0.05 < np.abs(rates(thin, None) - rates(whole, None)).max()
+    def rates(selection: Selection) -> np.ndarray:
+        return fitted(selection).rates.numpy()
+
+    assert np.abs(rates(weighted) - rates(whole)).max() < 0.05 < np.abs(rates(thin) - rates(whole)).max()
 
 
 @pytest.mark.parametrize("outcome", [True, False])
 def test_one_outcome_alone_leaves_everything_finite(outcome: bool) -> None:
     given = world(60, 0, bad_class=False).predictions
-    same = np.full(60, outcome)
+    answer = given.logits.argmax(1)
+    labels = answer if outcome else (answer + 1) % CLASSES
     for kind in ("correctness", "benefit"):
-        head = fit_outcome_head(JudgeSpec(), kind, given, same, same, temperature=1.0)  # type: ignore[arg-type]
-        assert np.isfinite(head.score(given)).all()
+        assert np.isfinite(fitted(Selection(given, one_hot(labels, CLASSES), labels), kind).score(given)).all()
 
 
 def test_one_sample_is_too_few() -> None:
     one = world(1, 0, bad_class=False)
     with pytest.raises(ValueError, match="too few"):
-        fit_outcome_head(JudgeSpec(), "benefit", one.predictions, one.small_right, one.large_right, temperature=1.0)
+        fitted(one)
 
 
 def test_the_choice_falls_on_benefit_where_it_gains(judge: Judge) -> None:
@@ -148,3 +158,39 @@ def test_a_choice_survives_being_written_down(judge: Judge) -> None:
     choice = choose(judge, "auto", world(400, 0, bad_class=True)).choice
     assert msgspec.json.decode(msgspec.json.encode(choice), type=type(choice)) == choice
     assert Router(judge).choice.head == "confidence"
+
+
+def test_the_pool_listens_to_whom_the_labels_confirm() -> None:
+    seen = world(2000, 0, bad_class=False, large=0.9)
+    small, large = pool(seen)
+    assert large > 0.5 and small > 0.2
+    rng = np.random.default_rng(99)
+    deaf = replace(seen, large=rng.normal(size=seen.large.shape).astype(np.float32))
+    assert pool(deaf)[1] < 0.1 and pool(deaf)[0] == pytest.approx(1, abs=0.15)  # the small model is calibrated as it is
+
+
+def test_what_is_inferred_agrees_with_what_is_true() -> None:
+    fresh = world(4000, 1, bad_class=False, large=0.8)
+    inferred = inferred_outcomes("benefit", Taught(fresh.predictions, fresh.large), pool(world(1000, 0, bad_class=False, large=0.8)))
+    np.testing.assert_allclose(inferred.sum(1), 1, atol=1e-5)
+    truth = fresh.large_right.astype(int) - fresh.small_right
+    assert (inferred[:, 2] - inferred[:, 0]).mean() == pytest.approx(truth.mean(), abs=0.06)  # a pool has two numbers to be right by
+    assert auroc(inferred[:, 2] - inferred[:, 0], truth > 0) > 0.8
+    agree = fresh.predictions.logits.argmax(1) == fresh.large.argmax(1)
+    assert (inferred[agree, 1] == 1).all()
+    right = inferred_outcomes("correctness", Taught(fresh.predictions, fresh.large), (1.0, 1.0))[:, 1]
+    assert auroc(right, fresh.small_right) > 0.8
+
+
+def test_answers_of_earlier_rounds_help_where_labels_are_few() -> None:
+    """120 labels hardly show which answers the large model fails on; 4,000 of its answers beside the small model's do."""
+    fresh, answered = world(6000, 7, bad_class=True), world(4000, 8, bad_class=True)
+    judge = Judge(JudgeSpec(), CLASSES)
+    gain = fresh.large_right.astype(int) - fresh.small_right
+    better = []
+    for seed in range(4):
+        few = world(120, seed, bad_class=True)
+        alone = fit_head("benefit", judge, few, None).score(fresh.predictions)
+        taught = fit_head("benefit", judge, few, Taught(answered.predictions, answered.large)).score(fresh.predictions)
+        better.append(auroc(-taught, gain > 0) - auroc(-alone, gain > 0))
+    assert np.mean(better) > 0
