@@ -11,6 +11,8 @@ import typer
 
 if TYPE_CHECKING:
     from cloud_server.compact import Report, Stats
+    from cloud_server.estimates import Estimate, Share
+    from cloud_server.hint_effect import HintEffect
 
 store = typer.Typer(help="The teacher store: what the cloud answered, kept for distillation.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -109,10 +111,10 @@ def stats(folder: StoreFolder, as_json: AsJson = False) -> None:
 
         typer.echo(msgspec.json.encode(found).decode())
         return
-    typer.echo(f"{found.compacted} rows in {found.parts} Parquet parts ({found.bytes / 2**20:.1f} MiB)")
+    typer.echo(f"{found.compacted} rows in {found.parts} Parquet parts ({found.bytes / 2**20:.1f} MiB), {found.labelled} with a truth")
     for inbox in found.inboxes:
         typer.echo(f"{inbox.name}: {inbox.waiting} wait, {inbox.unfilled} of them without teacher logits")
-        typer.echo(f"{inbox.name}: {inbox.compacted} compacted, kept for resends")
+        typer.echo(f"{inbox.name}: {inbox.compacted} compacted, kept for resends; {inbox.labels} truths wait")
 
 
 @store.command("compact")
@@ -125,7 +127,7 @@ def compact(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written; change nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Move answered samples from the inboxes into Parquet, each exactly once; `kcm distill` reads that.
+    """Move answered samples from the inboxes into Parquet, each exactly once and with its truth; `kcm distill` reads that.
 
     Safe while `kcm cloud` serves, and safe to kill: run it again.
 
@@ -141,3 +143,52 @@ def compact(
         return
     typer.echo(f"{'would write' if dry_run else 'wrote'} {done.written} rows in {done.parts} parts; {done.repeated} were there already")
     typer.echo(f"{done.unfilled} wait for teacher logits; {done.purged} old rows purged from inboxes")
+    typer.echo(f"{done.labelled} truths {'would go' if dry_run else 'went'} into rows; {done.unmatched} wait for theirs")
+    if done.dropped:
+        typer.echo(f"{done.dropped} truths dropped: their samples never came in a month")
+
+
+@store.command("hints")
+def hints(folder: StoreFolder, as_json: AsJson = False) -> None:
+    """Say whether the hint helps the large model: its effect on compacted rows, and what the hint gate should be.
+
+    Needs no truth to say how often the hint changes an answer; with truths (`Feedback`), whether it helps.
+
+    Try it: kcm store compact ./store && kcm store hints ./store
+    """
+    from cloud_server.hint_effect import hint_effects
+
+    found = hint_effects(folder)
+    if as_json:
+        import msgspec
+
+        typer.echo(msgspec.json.encode({"effects": found}).decode())
+        return
+    for effect in found:
+        _show_effect(effect)
+
+
+def _show_effect(found: HintEffect) -> None:
+    typer.echo(f"{found.teacher_id} under prompt {found.prompt_id}: {found.rows} escalated rows, {found.labelled} with a truth")
+    typer.echo(f"  {found.verdict}")
+    for pairs in found.pairs:
+        changed, moved = pairs.changed, pairs.to_small
+        typer.echo(
+            f"  {pairs.arm}, answered with it and without: changed {_percent(changed)} of {pairs.samples} answers,"
+            f" {_percent(moved)} to the small model's"
+        )
+        typer.echo(f"    agrees with the small model: {pairs.agree_with.share:.1%} with the hint, {pairs.agree_without.share:.1%} without")
+        _show_splits(pairs.effect, pairs.small_right, pairs.small_wrong)
+    chance = found.randomised
+    typer.echo(f"  by chance shown {chance.shown} times, withheld {chance.withheld} times")
+    _show_splits(chance.effect, chance.small_right, chance.small_wrong)
+
+
+def _show_splits(*estimates: Estimate) -> None:
+    for name, estimate in zip(("accuracy", "  small model right", "  small model wrong"), estimates, strict=True):
+        if estimate.samples:
+            typer.echo(f"    {name}: {estimate.in_points()} on {estimate.samples} labelled samples")
+
+
+def _percent(found: Share) -> str:
+    return f"{found.share:.1%} [{found.low:.1%}, {found.high:.1%}]"

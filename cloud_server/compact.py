@@ -2,7 +2,7 @@
 
 What makes it exact, whenever it is killed: a part appears whole (temporary file, fsync, rename, fsync of the folder) before
 its rows are marked in the inbox, and a row whose key stands in a part is never written again. So a kill in between costs
-nothing but the marking, which the next run makes up for. One run at a time holds a lock on the store.
+nothing but the marking, which the next run makes up for. Truths likewise (truths.py). One run at a time holds a lock on the store.
 
 Memory is bounded by one row group: keys are resolved in a SQLite scratch file, rows are read group by group.
 """
@@ -13,14 +13,15 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import apsw
 import msgspec
 import pyarrow.parquet as pq
 
+from cloud_server import truths
 from cloud_server.parts import FIELDS, PartWriter, part_files, read_keys, remove_unfinished
-from cloud_server.store import SCHEMA
+from cloud_server.store import open_inbox
 from kcm.database import Database
 from kcm.errors import StoreError
 from kcm.lock import exclusive
@@ -29,10 +30,14 @@ _CHUNK = 1024  # rows per transaction on an inbox that a server may be writing
 _GROUP = 8192  # rows per Parquet row group, where there are as many
 _PART = 64 * _GROUP
 
-_SELECT = f"SELECT {', '.join(FIELDS)} FROM rows WHERE seq = ?"  # noqa: S608 (our own column names)
+# The truth stands in a table of its own: a row has none until its label is looked up.
+_SELECT = f"SELECT {', '.join('NULL' if name == 'label' else name for name in FIELDS)} FROM rows WHERE seq = ?"  # noqa: S608 (our own names)
+_LABEL = FIELDS.index("label")
+_LABEL_KEY = tuple(FIELDS.index(name) for name in ("edge_id", "sample_id", "label_space"))
 _INDEX = """
 CREATE TABLE waiting (
-    inbox INTEGER, seq INTEGER, edge_id TEXT, sample_id TEXT, received_ms INTEGER, filled INTEGER, state TEXT DEFAULT '',
+    inbox INTEGER, seq INTEGER, edge_id TEXT, sample_id TEXT, label_space TEXT, received_ms INTEGER, filled INTEGER,
+    state TEXT DEFAULT '',
     PRIMARY KEY (inbox, seq)
 ) WITHOUT ROWID;
 CREATE INDEX by_key ON waiting (edge_id, sample_id);
@@ -51,13 +56,17 @@ UPDATE waiting SET state = 'repeat' WHERE state = '' AND EXISTS (
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """What one run did, in rows."""
+    """What one run did, in rows; the last four lines in truths."""
 
     written: int
     parts: int
     repeated: int  # marked without being written: their key is in a part already
     unfilled: int  # left in the inboxes for want of teacher logits
     purged: int  # deleted from the inboxes, past the retention
+    labelled: int  # written with their row, or into a part that held the row already
+    rewritten: int  # parts written again for them
+    unmatched: int  # left in the inboxes: their row hasn't come
+    dropped: int  # deleted from the inboxes: their row hasn't come in a month
 
 
 class InboxStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,12 +74,14 @@ class InboxStats(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int
     unfilled: int
     compacted: int
+    labels: int  # truths that no part holds yet
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
     """Rows of a store. Waiting ones of several inboxes may be the same sample."""
 
     compacted: int
+    labelled: int  # of those
     parts: int
     bytes: int
     inboxes: tuple[InboxStats, ...]
@@ -111,57 +122,78 @@ def read_stats(root: Path) -> Stats:
                     " count(*) FILTER (WHERE compacted_ms IS NULL AND teacher_logits IS NULL),"
                     " count(*) FILTER (WHERE compacted_ms IS NOT NULL) FROM rows"
                 ).fetchall()[0]
+                labels = truths.count_waiting(db)
         except apsw.Error as error:
             raise StoreError(f"{path} can't be read: {error}") from error
-        found.append(msgspec.convert({"name": path.stem, "waiting": waiting, "unfilled": unfilled, "compacted": compacted}, InboxStats))
+        counts = {"waiting": waiting, "unfilled": unfilled, "compacted": compacted, "labels": labels}
+        found.append(msgspec.convert({"name": path.stem, **counts}, InboxStats))
     parts = part_files(root / "parquet")
     try:
         rows = sum(pq.read_metadata(part).num_rows for part in parts)
     except (OSError, ValueError) as error:
         raise StoreError(f"a part of {root} can't be read: {error}") from error
-    return Stats(compacted=rows, parts=len(parts), bytes=sum(part.stat().st_size for part in parts), inboxes=tuple(found))
+    labelled = sum(truths.count_labelled(part) for part in parts)
+    size = sum(part.stat().st_size for part in parts)
+    return Stats(compacted=rows, labelled=labelled, parts=len(parts), bytes=size, inboxes=tuple(found))
 
 
 def _compact(index: apsw.Connection, inboxes: Sequence[Path], parts: Path, *, force: bool, retain_days: float, dry_run: bool) -> Report:
-    _fill_index(index, inboxes, parts)
-    index.execute(_CHOOSE, (force,))
-    index.execute(_REPEATS)
-    states: list[Any] = index.execute("SELECT state, count(*) FROM waiting GROUP BY state").fetchall()
-    count: dict[str, int] = dict(states)
-    written, repeated, unfilled = count.get("write", 0), count.get("repeat", 0), count.get("", 0)
-    if dry_run:
-        return Report(written=written, parts=-(-written // _PART), repeated=repeated, unfilled=unfilled, purged=0)
     with contextlib.ExitStack() as stack:
         databases = []
-        for path in inboxes:
-            databases.append(Database(path, SCHEMA))
+        for path in () if dry_run else inboxes:
+            databases.append(open_inbox(path))  # first of all: it brings an older kcm's inbox up to date
             stack.callback(databases[-1].close)
-        made = _write_parts(index, inboxes, databases, parts)
-        for chunk in _pages(index, "repeat", _CHUNK):
-            _mark(databases, chunk)
-        cutoff = time.time_ns() // 1_000_000 - round(retain_days * 86_400_000)
-        purged = sum(_purge(database, cutoff) for database in databases)
-    return Report(written=written, parts=made, repeated=repeated, unfilled=unfilled, purged=purged)
+        _fill_index(index, inboxes, parts)
+        index.execute(_CHOOSE, (force,))
+        index.execute(_REPEATS)
+        states: list[Any] = index.execute("SELECT state, count(*) FROM waiting GROUP BY state").fetchall()
+        count: dict[str, int] = dict(states)
+        told = truths.plan(index)
+        made, dropped, purged = -(-count.get("write", 0) // _PART), 0, 0
+        if not dry_run:
+            made = _write_parts(index, inboxes, databases, parts)
+            for chunk in _pages(index, "repeat", _CHUNK):
+                _mark(databases, chunk)
+            truths.rewrite_parts(index, databases, part_files(parts))
+            dropped = truths.drop_unmatched(index, databases)
+            cutoff = time.time_ns() // 1_000_000 - round(retain_days * 86_400_000)
+            purged = sum(_purge(database, cutoff) for database in databases)
+        return Report(
+            written=count.get("write", 0),
+            parts=made,
+            repeated=count.get("repeat", 0),
+            unfilled=count.get("", 0),
+            purged=purged,
+            labelled=told.labelled,
+            rewritten=told.parts,
+            unmatched=told.unmatched - dropped,
+            dropped=dropped,
+        )
 
 
 def _fill_index(index: apsw.Connection, inboxes: Sequence[Path], parts: Path) -> None:
-    """All rows that wait; those whose key stands in a part become repeats."""
+    """All rows and truths that wait; rows whose key stands in a part become repeats."""
     for number, path in enumerate(inboxes):
         with contextlib.closing(_reader(path)) as db, index:
             index.executemany(
-                "INSERT INTO waiting (inbox, seq, edge_id, sample_id, received_ms, filled) VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT INTO waiting (inbox, seq, edge_id, sample_id, label_space, received_ms, filled) VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (
                     (number, *row)
                     for row in db.execute(
-                        "SELECT seq, edge_id, sample_id, received_ms, teacher_logits IS NOT NULL FROM rows WHERE compacted_ms IS NULL"
+                        "SELECT seq, edge_id, sample_id, label_space, received_ms, teacher_logits IS NOT NULL"
+                        " FROM rows WHERE compacted_ms IS NULL"
                     )
                 ),
             )
-    if not index.execute("SELECT EXISTS (SELECT 1 FROM waiting)").fetchall()[0][0]:
+            truths.load(index, number, db)
+    truths.keep_last(index)
+    if not index.execute("SELECT EXISTS (SELECT 1 FROM waiting) OR EXISTS (SELECT 1 FROM truths WHERE state = '')").fetchall()[0][0]:
         return
-    for keys in read_keys(parts):
-        with index:
-            index.executemany("UPDATE waiting SET state = 'repeat' WHERE edge_id = ? AND sample_id = ?", keys)
+    for path in part_files(parts):
+        for rows in read_keys(path):
+            with index:
+                index.executemany("UPDATE waiting SET state = 'repeat' WHERE edge_id = ? AND sample_id = ?", (row[:2] for row in rows))
+                truths.match(index, path.name, rows)
 
 
 def _write_parts(index: apsw.Connection, inboxes: Sequence[Path], databases: Sequence[Database], parts: Path) -> int:
@@ -170,25 +202,32 @@ def _write_parts(index: apsw.Connection, inboxes: Sequence[Path], databases: Seq
     with contextlib.ExitStack() as stack:
         readers = [stack.enter_context(contextlib.closing(_reader(path))) for path in inboxes]
         writer: PartWriter | None = None
-        pending: list[list[tuple[int, int]]] = []
+        pending = _Pending([], [])
         for chunk in _pages(index, "write", _GROUP):
             writer = writer or stack.enter_context(PartWriter(parts))
-            writer.write([_read_row(readers[inbox], seq) for inbox, seq in chunk])
-            pending.append(chunk)
+            writer.write([_read_row(index, readers[inbox], seq, pending.truths) for inbox, seq in chunk])
+            pending.rows.extend(chunk)
             if writer.rows >= _PART:
                 _finish(writer, pending, databases)
-                writer, pending, made = None, [], made + 1
+                writer, pending, made = None, _Pending([], []), made + 1
         if writer is not None:
             _finish(writer, pending, databases)
             made += 1
     return made
 
 
-def _finish(writer: PartWriter, pending: Sequence[Sequence[tuple[int, int]]], databases: Sequence[Database]) -> None:
+class _Pending(NamedTuple):
+    """What a part under way holds: (inbox, seq) of its rows, and of the truths in them."""
+
+    rows: list[tuple[int, int]]
+    truths: list[tuple[int, int]]
+
+
+def _finish(writer: PartWriter, pending: _Pending, databases: Sequence[Database]) -> None:
     writer.publish()  # before the marks: marked and not published would be lost
-    for group in pending:
-        for start in range(0, len(group), _CHUNK):
-            _mark(databases, group[start : start + _CHUNK])
+    for start in range(0, len(pending.rows), _CHUNK):
+        _mark(databases, pending.rows[start : start + _CHUNK])
+    truths.mark(databases, pending.truths)
 
 
 def _pages(index: apsw.Connection, state: str, size: int) -> Iterator[list[tuple[int, int]]]:
@@ -202,10 +241,14 @@ def _pages(index: apsw.Connection, state: str, size: int) -> Iterator[list[tuple
         last = rows[-1]
 
 
-def _read_row(reader: apsw.Connection, seq: int) -> tuple[Any, ...]:
-    """One row's values in the order of parts.FIELDS."""
-    row: Any = reader.execute(_SELECT, (seq,)).fetchall()[0]
-    return tuple(row)
+def _read_row(index: apsw.Connection, reader: apsw.Connection, seq: int, used: list[tuple[int, int]]) -> list[Any]:
+    """One row's values in the order of parts.FIELDS, with its truth, whose (inbox, seq) goes to `used`."""
+    row: list[Any] = list(reader.execute(_SELECT, (seq,)).fetchall()[0])
+    edge_id, sample_id, label_space = (row[place] for place in _LABEL_KEY)
+    if truth := truths.find(index, edge_id, sample_id, label_space):
+        row[_LABEL] = truth.label_id
+        used.append((truth.inbox, truth.seq))
+    return row
 
 
 def _mark(databases: Sequence[Database], rows: Sequence[tuple[int, int]]) -> None:
@@ -236,6 +279,7 @@ def _purge(database: Database, cutoff_ms: int) -> int:
     total = 0
     while gone := database.submit(delete).result():
         total += gone
+    database.submit(lambda db: db.execute("DELETE FROM labels WHERE compacted_ms < ?", (cutoff_ms,)).fetchall()).result()
     return total
 
 
@@ -262,5 +306,5 @@ def _reader(path: Path) -> apsw.Connection:
 def _scratch_index() -> Iterator[apsw.Connection]:
     """A temporary database on disk, which SQLite itself removes."""
     with contextlib.closing(apsw.Connection("")) as index:
-        index.execute(_INDEX)
+        index.execute(_INDEX + truths.INDEX)
         yield index

@@ -8,13 +8,16 @@ import math
 from collections.abc import Sequence
 
 from cloud_server.batcher import Batcher, Closed, ModelFailed, Overloaded, Urgency
+from cloud_server.metrics import CloudMetrics
 from cloud_server.store import TeacherStore, Unfilled
 from kcm.errors import StoreError
 
 _log = logging.getLogger(__name__)
 
 
-async def fill_when_idle(store: TeacherStore, batcher: Batcher, teacher_id: str, *, batch: int, pause_s: float = 1.0) -> None:
+async def fill_when_idle(
+    store: TeacherStore, batcher: Batcher, teacher_id: str, *, batch: int, metrics: CloudMetrics | None = None, pause_s: float = 1.0
+) -> None:
     """Runs until cancelled. A batch at a time, so that a live call waits for one batch at most.
 
     A batch that the model fails on is tried row by row; the row that it fails on alone is passed over until the next start.
@@ -25,7 +28,7 @@ async def fill_when_idle(store: TeacherStore, batcher: Batcher, teacher_id: str,
         try:
             if batcher.idle:
                 rows = await asyncio.wrap_future(store.unfilled(teacher_id, limit, after))
-                await fill(store, batcher, rows)
+                await fill(store, batcher, rows, metrics)
                 limit = batch
         except ModelFailed:
             if len(rows) == 1:
@@ -41,8 +44,8 @@ async def fill_when_idle(store: TeacherStore, batcher: Batcher, teacher_id: str,
             await asyncio.sleep(pause_s)
 
 
-async def fill(store: TeacherStore, batcher: Batcher, rows: Sequence[Unfilled]) -> None:
-    """Score `rows` without a hint and store the result.
+async def fill(store: TeacherStore, batcher: Batcher, rows: Sequence[Unfilled], metrics: CloudMetrics | None = None) -> None:
+    """Score `rows` without a hint, store the result, and count the answers that the hint had changed.
 
     Raises:
         StoreError, ModelFailed, Overloaded, Closed: as the store and the batcher do.
@@ -50,3 +53,6 @@ async def fill(store: TeacherStore, batcher: Batcher, rows: Sequence[Unfilled]) 
     if rows:
         scores = await batcher.submit([row.text for row in rows], [None] * len(rows), deadline=math.inf, urgency=Urgency.FILL)
         await asyncio.wrap_future(store.fill([(row.seq, scores[place]) for place, row in enumerate(rows)]))
+        if metrics is not None:
+            changed = sum(int(scores[place].argmax()) != row.answer for place, row in enumerate(rows))
+            metrics.on_pairs(len(rows), changed)

@@ -22,6 +22,21 @@ class CloudMetrics:
         self.store_rows = Counter(
             "kcm_cloud_store_rows", "Answered samples: stored, resent (were there before), failed.", ["result"], registry=self.registry
         )
+        self.label_requests = Counter("kcm_cloud_label_requests", "Label calls by status code.", ["code"], registry=self.registry)
+        self.labels = Counter("kcm_cloud_labels", "Truths: stored, failed.", ["result"], registry=self.registry)
+        self.hint_arm = Counter(
+            "kcm_cloud_hint_arm", "Samples answered, by what the model saw of the hint.", ["arm"], registry=self.registry
+        )
+        self.hint_pairs = Counter(
+            "kcm_cloud_hint_pairs",
+            "Samples answered under a hint and again without it: the answer is the same, or the hint changed it.",
+            ["answer"],
+            registry=self.registry,
+        )
+
+    def on_pairs(self, number: int, changed: int) -> None:
+        self.hint_pairs.labels("changed").inc(changed)
+        self.hint_pairs.labels("same").inc(number - changed)
 
     def on_batch(self, size: int, seconds: float) -> None:
         self.batch_size.observe(size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,13 +16,14 @@ from numpy.typing import NDArray
 
 from kcm.errors import StoreError
 from kcm.sample import new_sample_id
-from kcm.teacher import COLUMNS, KEY
+from kcm.teacher import ADDED, COLUMNS, KEY
 
 FIELDS = tuple(COLUMNS)
 _TYPES: dict[str, Any] = {
     "string": pa.string(),
     "binary": pa.binary(),
     "int8": pa.int8(),
+    "int16": pa.int16(),
     "int64": pa.int64(),
     "float": pa.float32(),
     "list<halffloat>": pa.list_(pa.float16()),
@@ -35,11 +37,16 @@ _MOST = float(np.finfo(np.float16).max)
 class PartWriter:
     """One part under way, in a hidden temporary file. Leaving the `with` unpublished removes it."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises OSError where the folder can't be written."""
+    def __init__(self, folder: Path, replaces: Path | None = None) -> None:
+        """Raises OSError where the folder can't be written.
+
+        Args:
+            replaces: a part that this one takes the place and the name of when it is published.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         name = new_sample_id()  # sorts by time
-        self._final, self._temporary = folder / f"part-{name}.parquet", folder / f".part-{name}.tmp"
+        self._final = replaces or folder / f"part-{name}.parquet"
+        self._temporary = folder / f".part-{name}.tmp"
         self._file = self._temporary.open("wb")
         self._writer: Any = pq.ParquetWriter(self._file, SCHEMA, compression="zstd", write_page_checksum=True)
         self._published = False
@@ -52,8 +59,12 @@ class PartWriter:
             _float16_lists(values) if name in _LOGITS else pa.array(values, _TYPES[kind])
             for (name, kind), values in zip(COLUMNS.items(), columns, strict=True)
         ]
-        self._writer.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA), row_group_size=len(rows))
-        self.rows += len(rows)
+        self.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA))
+
+    def write_table(self, table: Any) -> None:
+        """One row group: a table of SCHEMA."""
+        self._writer.write_table(table, row_group_size=max(1, table.num_rows))
+        self.rows += table.num_rows
 
     def publish(self) -> None:
         """Make the part durable and visible, in that order."""
@@ -70,6 +81,8 @@ class PartWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if not self._published:
+            with contextlib.suppress(OSError, pa.ArrowException):  # on a full disk; the file goes away in any case
+                self._writer.close()
             self._file.close()
             self._temporary.unlink(missing_ok=True)
 
@@ -84,19 +97,37 @@ def remove_unfinished(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def read_keys(folder: Path) -> Iterator[list[tuple[str, str]]]:
-    """(edge_id, sample_id) of every row of every part, in pieces.
+def read_keys(path: Path) -> Iterator[list[tuple[str, str, str, int | None]]]:
+    """(edge_id, sample_id, label_space, label) of every row of a part, in pieces.
 
     Raises:
-        StoreError: a part can't be read.
+        StoreError: the part can't be read.
     """
-    for path in part_files(folder):
-        try:
-            with pq.ParquetFile(path) as part:
-                for batch in part.iter_batches(batch_size=_KEY_ROWS, columns=list(KEY)):
-                    yield list(zip(batch[KEY[0]].to_pylist(), batch[KEY[1]].to_pylist(), strict=True))
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{path} can't be read: {error}", fix="restore it from a backup, or move it out of the store") from error
+    for table in read_columns(path, (*KEY, "label_space", "label"), rows=_KEY_ROWS):
+        yield list(zip(*(column.to_pylist() for column in table.columns), strict=True))
+
+
+def read_columns(path: Path, columns: Sequence[str], rows: int = 8192) -> Iterator[Any]:
+    """Tables of at most `rows` rows of a part, with these columns; one that an older kcm didn't write is null.
+
+    Raises:
+        StoreError: the part can't be read, or lacks a column that every part has.
+    """
+    schema = pa.schema([SCHEMA.field(name) for name in columns])
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as part:
+            there = [name for name in columns if name in part.schema_arrow.names]
+            if missing := sorted(set(columns) - set(there) - set(ADDED)):
+                raise StoreError(f"{path} can't be read: it has no column {missing[0]!r}")
+            for batch in part.iter_batches(batch_size=rows, columns=there):
+                filled = [batch[name].cast(schema.field(name).type) if name in there else _nulls(name, len(batch)) for name in columns]
+                yield pa.Table.from_arrays(filled, schema=schema)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise StoreError(f"{path} can't be read: {error}", fix="restore it from a backup, or move it out of the store") from error
+
+
+def _nulls(name: str, length: int) -> Any:
+    return pa.nulls(length, SCHEMA.field(name).type)
 
 
 def _float16_lists(blobs: Sequence[bytes | None]) -> Any:

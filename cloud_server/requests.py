@@ -1,4 +1,4 @@
-"""From a PredictRequest to checked values: every refusal names the sample and the reason, never the payload."""
+"""From a request to checked values: every refusal names the sample and the reason, never the payload."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     sample_id: str
     purpose: Purpose
     p_escalate: float
+    p_hint: float
     hint: Hint | None
     payload: str
     small_logits: Float32 | None
@@ -36,10 +37,7 @@ def check_request(request: cloud_pb2.PredictRequest, task: Task, config: CloudCo
         ValueError: the call or one of its samples can never be answered.
     """
     check_id("edge_id", request.edge_id)
-    if not request.samples:
-        raise ValueError("the call has no samples")
-    if len(request.samples) > config.max_samples:
-        raise ValueError(f"the call has {len(request.samples)} samples, at most {config.max_samples} are taken")
+    _check_number("samples", len(request.samples), config)
     seen: set[str] = set()
     asked: list[Asked] = []
     for place, message in enumerate(request.samples):
@@ -51,6 +49,26 @@ def check_request(request: cloud_pb2.PredictRequest, task: Task, config: CloudCo
             raise ValueError(f"sample {place} ({printable(message.sample_id)}): its sample_id appears twice in this call")
         seen.add(message.sample_id)
     return asked
+
+
+def check_labels(request: cloud_pb2.LabelRequest, task: Task, config: CloudConfig) -> dict[str, int]:
+    """The truths of a call: sample id → label id, the last one about a sample.
+
+    Raises:
+        ValueError: the call or one of its labels can never be taken.
+    """
+    check_id("edge_id", request.edge_id)
+    _check_number("labels", len(request.labels), config)
+    labels: dict[str, int] = {}
+    for place, message in enumerate(request.labels):
+        try:
+            check_id("sample_id", message.sample_id)
+            if message.label_id >= len(task.labels):
+                raise ValueError(f"label_id is {message.label_id}, the task has {len(task.labels)} labels")
+        except ValueError as error:
+            raise ValueError(f"label {place} ({printable(message.sample_id)}): {error}") from None
+        labels[message.sample_id] = message.label_id
+    return labels
 
 
 def check_id(name: str, value: str) -> None:
@@ -76,6 +94,13 @@ def peer_identities(auth_context: Mapping[str, Sequence[bytes]]) -> set[str] | N
     return set()
 
 
+def _check_number(what: str, number: int, config: CloudConfig) -> None:
+    if not number:
+        raise ValueError(f"the call has no {what}")
+    if number > config.max_samples:
+        raise ValueError(f"the call has {number} {what}, at most {config.max_samples} are taken")
+
+
 def _check_sample(message: cloud_pb2.PredictSample, task: Task, config: CloudConfig) -> Asked:
     check_id("sample_id", message.sample_id)
     classes = len(task.labels)
@@ -86,7 +111,7 @@ def _check_sample(message: cloud_pb2.PredictSample, task: Task, config: CloudCon
         raise ValueError(f"task {task.id} reads {task.modality}, the payload is an image")
     if (size := len(payload.encode())) > config.max_sample_bytes:
         raise ValueError(f"payload has {size} bytes, at most {config.max_sample_bytes} are taken")
-    for name in ("confidence", "p_escalate"):
+    for name in ("confidence", "p_escalate", "p_hint"):
         value = getattr(message, name)
         if not (math.isfinite(value) and 0.0 <= value <= 1.0):
             raise ValueError(f"{name} is outside 0..1")
@@ -94,6 +119,7 @@ def _check_sample(message: cloud_pb2.PredictSample, task: Task, config: CloudCon
         sample_id=message.sample_id,
         purpose=Purpose(message.purpose),
         p_escalate=message.p_escalate,
+        p_hint=message.p_hint,
         hint=Hint.from_proto(message.hint, classes) if message.HasField("hint") else None,
         payload=payload,
         small_logits=scores_from_proto(message.small, task.label_space, classes) if message.HasField("small") else None,

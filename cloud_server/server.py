@@ -97,7 +97,7 @@ async def running(config: CloudConfig, task: Task, model: LargeModel) -> AsyncIt
             await _warm_up(batcher, task)
             if config.fill and model.reads_hints:
                 filling = asyncio.ensure_future(
-                    fill_when_idle(store, batcher, model.teacher_id, batch=min(config.max_batch, config.max_queue))
+                    fill_when_idle(store, batcher, model.teacher_id, batch=min(config.max_batch, config.max_queue), metrics=metrics)
                 )
             await server.set_serving(True)
             _log.info("serving", extra={"address": server.address, "task": task.id, "teacher_id": model.teacher_id})

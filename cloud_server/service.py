@@ -1,21 +1,22 @@
-"""The Cloud service: check → look up → model → commit → reply."""
+"""The Cloud service. Predict: check → look up → model → commit → reply. Label: check → commit → reply."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Awaitable, Sequence
+from typing import NoReturn, TypeVar
 
 import grpc
+from prometheus_client import Counter
 
 from cloud_server.batcher import Batcher, Closed, DeadlinePassed, ModelFailed, Overloaded, Urgency
 from cloud_server.config import CloudConfig
 from cloud_server.metrics import CloudMetrics
 from cloud_server.models import LargeModel
 from cloud_server.prompt import hint_arm
-from cloud_server.requests import Asked, check_request, peer_identities, printable
+from cloud_server.requests import Asked, check_labels, check_request, peer_identities, printable
 from cloud_server.store import Row, Stored, TeacherStore, hash_payload
 from kcm.errors import StoreError
 from kcm.logs import Alarm
@@ -27,7 +28,16 @@ _log = logging.getLogger(__name__)
 
 SERVICE_NAME = "kcm.v1.Cloud"
 Context = grpc.aio.ServicerContext[cloud_pb2.PredictRequest, cloud_pb2.PredictReply]
-_URGENT = {Purpose.LIVE: Urgency.LIVE, Purpose.EXPLORE: Urgency.LIVE, Purpose.BACKFILL: Urgency.BACKFILL, Purpose.SHADOW: Urgency.BACKFILL}
+LabelContext = grpc.aio.ServicerContext[cloud_pb2.LabelRequest, cloud_pb2.LabelReply]
+Reply = TypeVar("Reply")
+# An explored sample was answered on its device: nobody waits.
+_URGENT = {
+    Purpose.LIVE: Urgency.LIVE,
+    Purpose.EXPLORE: Urgency.BACKFILL,
+    Purpose.BACKFILL: Urgency.BACKFILL,
+    Purpose.SHADOW: Urgency.BACKFILL,
+}
+_LABEL_RETRY_S = 1.0  # a group commit takes milliseconds: by then the queue is gone
 
 
 class _Refused(Exception):
@@ -39,7 +49,7 @@ class _Refused(Exception):
 
 
 class CloudService(cloud_pb2_grpc.CloudServicer):  # type: ignore[misc]  # generated, untyped
-    """Answers Predict and Describe for one task with one large model."""
+    """Answers Predict, Label and Describe for one task with one large model."""
 
     def __init__(
         self, *, config: CloudConfig, task: Task, model: LargeModel, batcher: Batcher, store: TeacherStore, metrics: CloudMetrics
@@ -47,24 +57,19 @@ class CloudService(cloud_pb2_grpc.CloudServicer):  # type: ignore[misc]  # gener
         self._config, self._task, self._model = config, task, model
         self._batcher, self._store, self._metrics = batcher, store, metrics
         self._alarm = Alarm(_log)
+        self._labels_waiting = 0
 
     async def Predict(self, request: cloud_pb2.PredictRequest, context: Context) -> cloud_pb2.PredictReply:
         """See cloud.proto. Every answered sample is committed before the reply, or carries stored=false."""
-        started, code = time.monotonic(), grpc.StatusCode.CANCELLED
+        started = time.monotonic()
         try:
-            reply = await self._predict(request, context)
-            code = grpc.StatusCode.OK
-            return reply
-        except _Refused as refused:
-            code = refused.code
-            await _abort(context, refused)
-        except Exception:
-            code = grpc.StatusCode.INTERNAL
-            _log.exception("a call failed")
-            await _abort(context, _Refused(code, "internal error; the server's log has it"))
+            return await self._answered(self._predict(request, context), context, self._metrics.requests)
         finally:
-            self._metrics.requests.labels(code.name).inc()
             self._metrics.request_seconds.observe(time.monotonic() - started)
+
+    async def Label(self, request: cloud_pb2.LabelRequest, context: LabelContext) -> cloud_pb2.LabelReply:
+        """See cloud.proto. All of a call's truths are committed before the reply, or none is and the call fails."""
+        return await self._answered(self._label(request, context), context, self._metrics.label_requests)
 
     async def Describe(self, request: cloud_pb2.DescribeRequest, context: Context) -> cloud_pb2.DescribeReply:
         """What this server answers for."""
@@ -79,13 +84,55 @@ class CloudService(cloud_pb2_grpc.CloudServicer):  # type: ignore[misc]  # gener
             max_samples=self._config.max_samples,
         )
 
-    async def _predict(self, request: cloud_pb2.PredictRequest, context: Context) -> cloud_pb2.PredictReply:
+    async def _answered(self, work: Awaitable[Reply], context: Context | LabelContext, calls: Counter) -> Reply:
+        """What `work` returns, or the call aborted with the status of its failure. Either way it is counted in `calls`."""
+        code = grpc.StatusCode.CANCELLED
+        try:
+            reply = await work
+            code = grpc.StatusCode.OK
+            return reply
+        except _Refused as refused:
+            code = refused.code
+            await _abort(context, refused)
+        except Exception:
+            code = grpc.StatusCode.INTERNAL
+            _log.exception("a call failed")
+            await _abort(context, _Refused(code, "internal error; the server's log has it"))
+        finally:
+            calls.labels(code.name).inc()
+
+    def _admit(self, request: cloud_pb2.PredictRequest | cloud_pb2.LabelRequest, context: Context | LabelContext) -> float:
+        """The call's deadline, on the monotonic clock. Refuses a call without one, of a wrong peer, or for another task."""
         remaining = context.time_remaining()
         if remaining is None:
             raise _Refused(grpc.StatusCode.INVALID_ARGUMENT, "the call carries no deadline")
-        deadline = time.monotonic() + remaining
         self._check_peer(request.edge_id, context)
         self._check_task(request)
+        return time.monotonic() + remaining
+
+    async def _label(self, request: cloud_pb2.LabelRequest, context: LabelContext) -> cloud_pb2.LabelReply:
+        self._admit(request, context)
+        try:
+            labels = check_labels(request, self._task, self._config)
+        except ValueError as error:
+            raise _Refused(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
+        number = len(request.labels)
+        if self._labels_waiting + number > self._config.max_queue:
+            raise _Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many labels wait for the disk", _LABEL_RETRY_S)
+        self._labels_waiting += number
+        try:
+            await asyncio.wrap_future(self._store.tell(request.edge_id, request.label_space, labels))
+        except StoreError as error:
+            _log.error("the teacher store can't commit labels", extra={"labels": number, "cause": error.message})
+            self._metrics.labels.labels("failed").inc(number)
+            raise _Refused(grpc.StatusCode.UNAVAILABLE, "the labels could not be stored; send them again") from None
+        finally:
+            self._labels_waiting -= number
+        self._metrics.labels.labels("stored").inc(number)
+        return cloud_pb2.LabelReply(stored=number)
+
+    async def _predict(self, request: cloud_pb2.PredictRequest, context: Context) -> cloud_pb2.PredictReply:
+        deadline = self._admit(request, context)
         try:
             asked = check_request(request, self._task, self._config)
         except ValueError as error:
@@ -98,11 +145,12 @@ class CloudService(cloud_pb2_grpc.CloudServicer):  # type: ignore[misc]  # gener
             if row := known.get(sample.sample_id):
                 answers[sample.sample_id] = self._prediction(sample.sample_id, row.answer_logits, row.hint_arm, stored=True)
             self._metrics.samples.labels(sample.purpose.name.lower()).inc()
+            self._metrics.hint_arm.labels(HintArm(answers[sample.sample_id].hint_arm).name.lower()).inc()
         return cloud_pb2.PredictReply(
             teacher_id=self._model.teacher_id, prompt_id=self._model.prompt_id, predictions=[answers[sample.sample_id] for sample in asked]
         )
 
-    def _check_task(self, request: cloud_pb2.PredictRequest) -> None:
+    def _check_task(self, request: cloud_pb2.PredictRequest | cloud_pb2.LabelRequest) -> None:
         task = self._task
         if request.task_id != task.id:
             raise _Refused(grpc.StatusCode.FAILED_PRECONDITION, f"this server answers for task {task.id}, not {printable(request.task_id)}")
@@ -112,7 +160,7 @@ class CloudService(cloud_pb2_grpc.CloudServicer):  # type: ignore[misc]  # gener
                 f"label space {printable(request.label_space)} is not this server's ({task.label_space}): the bundle is of other labels",
             )
 
-    def _check_peer(self, edge_id: str, context: Context) -> None:
+    def _check_peer(self, edge_id: str, context: Context | LabelContext) -> None:
         names = peer_identities({str(key): list(values) for key, values in context.auth_context().items()})
         if names is None or edge_id in names:
             return
@@ -195,6 +243,7 @@ class CloudService(cloud_pb2_grpc.CloudServicer):  # type: ignore[misc]  # gener
             sample_id=sample.sample_id,
             purpose=int(sample.purpose),
             p_escalate=sample.p_escalate,
+            p_hint=sample.p_hint,
             task_id=self._task.id,
             label_space=self._task.label_space,
             bundle_id=sample.bundle_id,
@@ -219,6 +268,6 @@ class CloudService(cloud_pb2_grpc.CloudServicer):  # type: ignore[misc]  # gener
         )
 
 
-async def _abort(context: Context, refused: _Refused) -> NoReturn:
+async def _abort(context: Context | LabelContext, refused: _Refused) -> NoReturn:
     metadata = () if refused.retry_s is None else (("grpc-retry-pushback-ms", str(max(1, round(refused.retry_s * 1000)))),)
     await context.abort(refused.code, refused.details, metadata)

@@ -227,12 +227,19 @@ def request(
     return cloud_pb2.PredictRequest(edge_id=edge_id, task_id=task_id, label_space=label_space, samples=samples)
 
 
+def labels_request(edge_id: str = "edge-1", task_id: str = "toy", label_space: str = SPACE, **labels: int) -> cloud_pb2.LabelRequest:
+    """Of sample id → label id."""
+    truths = [cloud_pb2.TrueLabel(sample_id=name, label_id=label) for name, label in labels.items()]
+    return cloud_pb2.LabelRequest(edge_id=edge_id, task_id=task_id, label_space=label_space, labels=truths)
+
+
 def row(sample_id: str, edge_id: str = "edge-1", text: str = "profit rose", **changes: Any) -> Row:
     made = Row(
         edge_id=edge_id,
         sample_id=sample_id,
         purpose=1,
         p_escalate=1.0,
+        p_hint=0.0,
         task_id="toy",
         label_space=SPACE,
         bundle_id="b0",
@@ -250,6 +257,13 @@ def row(sample_id: str, edge_id: str = "edge-1", text: str = "profit rose", **ch
 def put(root: Path, *rows: Row, replica: str = "0") -> None:
     store = TeacherStore(root, replica)
     store.commit(rows).result()
+    store.close()
+
+
+def tell(root: Path, labels: Mapping[str, int], *, edge_id: str = "edge-1", label_space: str = SPACE, replica: str = "0") -> None:
+    """Commit truths: sample id → label id."""
+    store = TeacherStore(root, replica)
+    store.tell(edge_id, label_space, labels).result()
     store.close()
 
 
@@ -340,6 +354,17 @@ def stored_keys(store: Path) -> list[tuple[str, str]]:
         table = pq.read_table(part, columns=["edge_id", "sample_id"])
         keys += zip(table["edge_id"].to_pylist(), table["sample_id"].to_pylist(), strict=True)
     return keys
+
+
+def stored_labels(store: Path) -> dict[str, int | None]:
+    """sample_id → label over all parts, of stores in which one edge wrote."""
+    import pyarrow.parquet as pq
+
+    labels: dict[str, int | None] = {}
+    for part in sorted((store / "parquet").glob("*.parquet")):
+        table = pq.read_table(part, columns=["sample_id", "label"])
+        labels.update(zip(table["sample_id"].to_pylist(), table["label"].to_pylist(), strict=True))
+    return labels
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:

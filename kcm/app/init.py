@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import typer
 
 from kcm.errors import ConfigError
@@ -29,6 +30,7 @@ labels = {labels}
 # CSV, JSONL or Parquet with the columns below; paths are relative to this file.
 # train: the edge's own labels. large_train: the large model's, disjoint from the stream.
 # stream: unlabelled samples as they reach the devices. calibration: labels kept back to choose the threshold.
+# selection: labels to choose head and hint gate by, else a third of calibration. gold: what a distillation round must pass.
 # test: read by reports only.
 {data}
 text_column = {text_column}
@@ -50,10 +52,17 @@ kind = "encoder"       # a transformers encoder with a head fitted on large_trai
 model = "minilm"       # `kcm fetch minilm`, or a folder
 max_tokens = 128
 
-[prompt]               # what a causal model reads; {{hint}} is empty where the hint is withheld
-template = "{{hint}}Text: {{text}}\\nTopic:"
-hint = "A small model suggests: {{candidates}}.\\n"
-label = " {{label}}"
+[prompt]
+# What the large model reads beside the text. {{hint}} is one of two sentences, or empty where the hint gate withholds it:
+# hint, where the gate shows several candidates; assertion, where it shows the small model's one answer.
+hint = {hint}
+assertion = {assertion}
+# "causal": the template, then each label is scored behind it. "encoder": the hint's sentence is its second segment.
+template = {template}
+label = {label}
+# A chat API: the messages in the system's and the user's name; {{text}} may stand in the user's alone.
+chat_system = {chat_system}
+chat_user = {chat_user}
 
 [cost]                 # money per call, any unit
 cloud_call = 1.0
@@ -67,6 +76,8 @@ def init(
     large_train: Path = typer.Option(None, "--large-train", help="The large model's labelled rows; without it, train serves."),
     stream: Path = typer.Option(None, "--stream", help="Unlabelled rows as they reach the devices."),
     calibration: Path = typer.Option(None, "--calibration", help="Labelled rows kept back to choose the threshold."),
+    selection: Path = typer.Option(None, "--selection", help="Labelled rows to choose head and hint gate by; else a third of calibration."),
+    gold: Path = typer.Option(None, "--gold", help="Labelled rows that a distillation round must pass before it is exported."),
     test: Path = typer.Option(None, "--test", help="Labelled rows that only reports read."),
     text_column: str = typer.Option("text", help="Column that holds the text."),
     label_column: str = typer.Option("label", help="Column that holds the label."),
@@ -80,7 +91,8 @@ def init(
     before = file.read_bytes() if file.exists() else None
     if before is not None and not force:
         raise ConfigError(f"{file} exists", fix="--force overwrites it")
-    given = {"train": train, "large_train": large_train, "stream": stream, "calibration": calibration, "test": test}
+    paths = (train, large_train, stream, calibration, selection, gold, test)
+    given = dict(zip(_SPLITS, paths, strict=True))
     labels = sorted({name for path in (train, large_train) if path for name in label_names(path, text_column, label_column)})
     folder.mkdir(parents=True, exist_ok=True)
     files = {split: os.path.relpath(path.resolve(), folder.resolve()) for split, path in given.items() if path}
@@ -106,12 +118,12 @@ def warnings(splits: Mapping[str, Split], labels: Sequence[str]) -> list[str]:
     if unseen := [label for i, label in enumerate(labels) if i not in learnt]:
         shown = ", ".join(map(repr, unseen[:5])) + (", …" if len(unseen) > 5 else "")
         found.append(f"{len(unseen)} label(s) have no row in train, only in large_train: {shown}; a spelling mistake?")
-    for kept_back in ("test", "calibration"):
-        for other in ("train", "large_train", "stream", "calibration"):
-            if kept_back == other or not {kept_back, other} <= set(splits):
-                continue
-            if shared := len(set(splits[kept_back].texts) & set(splits[other].texts)):
-                found.append(f"{shared} text(s) of {kept_back} are in {other} too: figures on {kept_back} will flatter")
+    pairs = [(kept_back, other) for kept_back in ("test", "gold", "selection", "calibration") for other in _SPLITS]
+    for kept_back, other in pairs:
+        if _SPLITS.index(kept_back) <= _SPLITS.index(other) or not {kept_back, other} <= set(splits):
+            continue
+        if shared := len(set(splits[kept_back].texts) & set(splits[other].texts)):
+            found.append(f"{shared} text(s) of {kept_back} are in {other} too: figures on {kept_back} will flatter")
     return found
 
 
@@ -126,6 +138,8 @@ def write_task_toml(
     label_column: str = "label",
 ) -> None:
     """Write task.toml: `files` maps split → path relative to `folder`."""
+    from kcm.task import PromptSpec
+
     lines = [f"{split} = {_quoted(files[split])}" if split in files else f'# {split} = "{split}.csv"' for split in _SPLITS]
     text = _TEMPLATE.format(
         title=title,
@@ -134,6 +148,7 @@ def write_task_toml(
         data="\n".join(lines),
         text_column=_quoted(text_column),
         label_column=_quoted(label_column),
+        **{name: _quoted(value) for name, value in msgspec.to_builtins(PromptSpec()).items()},
     )
     (folder / "task.toml").write_text(text, encoding="utf-8")
 
@@ -143,4 +158,4 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-_SPLITS = ("train", "large_train", "stream", "calibration", "test")
+_SPLITS = ("train", "large_train", "stream", "calibration", "selection", "gold", "test")

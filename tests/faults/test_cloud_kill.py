@@ -39,7 +39,7 @@ service.CloudService.__init__ = late
 NO_KEY = """
 import cloud_server.store as store
 store.SCHEMA = store.SCHEMA.replace("compacted_ms INTEGER,\\n    UNIQUE (edge_id, sample_id)", "compacted_ms INTEGER")
-assert "UNIQUE" not in store.SCHEMA
+assert "UNIQUE (edge_id, sample_id)" not in store.SCHEMA
 store._find = lambda db, edge_id, sample_id: None
 """
 

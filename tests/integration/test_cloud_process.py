@@ -15,11 +15,12 @@ import grpc
 import numpy as np
 import pytest
 import trustme
-from cloud_kit import HINT, SPACE, request, sample
+from cloud_kit import HINT, SPACE, labels_request, request, sample
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from cloud_server.compact import compact, read_stats
+from cloud_server.hint_effect import hint_effects
 from cloud_server.models import load_large
 from kcm.sample import scores_from_proto
 from protos.kcm.v1 import cloud_pb2, cloud_pb2_grpc, sample_pb2
@@ -38,8 +39,10 @@ def test_a_process_serves_stores_and_ends(parts: tuple[Path, Path], tmp_path: Pa
     with cloud_kit.cloud_process(task, large, tmp_path / "store", "--metrics", "127.0.0.1:0") as server:
         with cloud_kit.stub(server.address) as cloud:
             assert cloud.Describe(cloud_pb2.DescribeRequest(), timeout=5).teacher_id == "encoder-f00d"
-            sent = [sample(f"s{i}", text, hint=HINT if i % 2 else None) for i, text in enumerate(cloud_kit.TEXTS)]
+            sent = [sample(f"s{i}", text, hint=HINT if i % 2 else None, p_hint=0.5) for i, text in enumerate(cloud_kit.TEXTS)]
+            assert cloud.Label(labels_request(s4=2), timeout=5).stored == 1
             reply = cloud.Predict(request(*sent), timeout=10)
+            assert cloud.Label(labels_request(s0=3, s1=0), timeout=5).stored == 2
         expected = model.logits(cloud_kit.TEXTS, [HINT if i % 2 else None for i in range(5)])
         for row, prediction in zip(expected, reply.predictions, strict=True):
             np.testing.assert_allclose(scores_from_proto(prediction.scores, SPACE, 4), row, atol=1e-5)
@@ -62,6 +65,11 @@ def test_a_process_serves_stores_and_ends(parts: tuple[Path, Path], tmp_path: Pa
     table = pq.read_table(tmp_path / "store" / "parquet").sort_by("sample_id").to_pydict()
     teacher = model.logits(cloud_kit.TEXTS, [None] * 5)
     np.testing.assert_allclose(np.array(table["teacher_logits"], np.float32), teacher, rtol=2e-3, atol=2e-3)
+    assert table["label"] == [3, 0, None, None, 2] and table["p_hint"] == [0.5] * 5
+    (found,) = hint_effects(tmp_path / "store")
+    changed = int((np.array(table["answer_logits"]).argmax(1) != teacher.argmax(1)).sum())
+    assert (found.teacher_id, found.labelled, found.randomised.shown, found.randomised.withheld) == ("encoder-f00d", 3, 2, 3)
+    assert (found.pairs[0].samples, round(found.pairs[0].changed.share * 2)) == (2, changed)
 
 
 def test_a_taken_address_ends_with_exit_code_8(tmp_path: Path) -> None:
@@ -106,6 +114,12 @@ def test_mutual_tls_ties_the_edge_id_to_the_certificate(parts: tuple[Path, Path]
         with pytest.raises(grpc.RpcError) as caught:
             call(key, chain, "edge-2")
         assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+        with grpc.secure_channel(address, grpc.ssl_channel_credentials(root, key, chain)) as channel:
+            cloud = cloud_pb2_grpc.CloudStub(channel)
+            assert cloud.Label(labels_request(s1=1), timeout=5).stored == 1
+            with pytest.raises(grpc.RpcError) as caught:
+                cloud.Label(labels_request("edge-2", s1=2), timeout=5)
+            assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED, "an edge speaks for its own samples alone"
         other = rogue.issue_cert("edge-1")
         for bad_key, bad_chain in ((None, None), (other.private_key_pem.bytes(), other.cert_chain_pems[0].bytes())):
             with pytest.raises(grpc.RpcError) as caught:

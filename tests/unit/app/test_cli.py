@@ -154,8 +154,8 @@ def test_calibrate_reads_the_rate_off_fresh_traffic_and_keeps_it(kcm: Kcm, tiny_
     said = json.loads(out)
     assert code == 0 and said["source"] == "400 fresh samples of the stream"
     assert said["cloud_rate"] == pytest.approx(0.2, abs=0.005) and said["cloud_rate_interval"][0] < 0.2 < said["cloud_rate_interval"][1]
-    assert said["curve"]["0.2"] == pytest.approx(said["epsilon"])
-    values = list(said["curve"].values())
+    assert said["curve"]["0.2"]["epsilon"] == pytest.approx(said["epsilon"])
+    values = [at["epsilon"] for at in said["curve"].values()]
     assert values == sorted(values) and (values[0], values[-1]) == (-1.0, 1.0)
     assert json.loads((run / "calibration.json").read_text())["epsilon"] == said["epsilon"]
     code, out, _ = kcm("calibrate", str(run), "--epsilon", "0.98")

@@ -15,7 +15,7 @@ from kcm.app.cli import main
 from kcm.app.fetch import Recipe, write_task
 from kcm.app.init import write_task_toml
 from kcm.errors import ConfigError, DataError
-from kcm.task import load_task
+from kcm.task import PromptSpec, load_task
 from training.data import load_split
 
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(lambda t: bool(t.strip()))
@@ -151,3 +151,10 @@ def test_the_splits_of_a_built_in_task_keep_their_promises(tmp_path: Path) -> No
     for one, other in (("large_train", "stream"), ("calibration", "test"), ("stream", "test"), ("large_train", "calibration")):
         assert not texts[one] & texts[other], (one, other)
     assert sorted(set(parts["train"].y.tolist())) == list(range(7))
+
+
+def test_the_prompts_that_it_shows_are_the_defaults(tmp_path: Path) -> None:
+    write_task_toml(tmp_path, "t", ["a", "b"], {"train": "t.csv"})
+    assert load_task(tmp_path).prompt == PromptSpec()
+    shown = (tmp_path / "task.toml").read_text()
+    assert all(f"\n{name} = " in shown for name in PromptSpec.__struct_fields__)

@@ -62,7 +62,10 @@ def test_logits_are_pmi_under_the_hints_own_arm(model: CausalModel) -> None:
             f"A small model suggests: earn, crude oil.\nText: {text}\nTopic:",
             "A small model suggests: N/A.\nText: N/A\nTopic:",
         ),
-        ASSERTION: (f"A small model suggests: crude steel.\nText: {text}\nTopic:", "A small model suggests: N/A.\nText: N/A\nTopic:"),
+        ASSERTION: (
+            f"A small model answers crude steel with probability 0.70.\nText: {text}\nTopic:",
+            "A small model answers N/A with probability N/A.\nText: N/A\nTopic:",
+        ),
     }
     got = model.logits([text] * 3, list(cases))
     for row, (prompt, free) in enumerate(cases.values()):

@@ -88,16 +88,21 @@ def test_limits_that_contradict_each_other_are_refused() -> None:
 
 def test_store_verbs(tmp_path: Path) -> None:
     cloud_kit.put(tmp_path / "store", cloud_kit.row("s1"), cloud_kit.row("s2"))
+    cloud_kit.tell(tmp_path / "store", {"s1": 1, "s9": 2})
     assert json.loads(kcm("store", "compact", str(tmp_path / "store"), "--dry-run", "--json").stdout)["written"] == 2
-    assert "wrote 2 rows in 1 parts" in kcm("store", "compact", str(tmp_path / "store")).stdout
+    shown = kcm("store", "compact", str(tmp_path / "store")).stdout
+    assert "wrote 2 rows in 1 parts" in shown and "1 truths went into rows; 1 wait for theirs" in shown
     stats = json.loads(kcm("store", "stats", str(tmp_path / "store"), "--json").stdout)
-    assert stats["compacted"] == 2 and stats["inboxes"] == [{"name": "inbox-0", "waiting": 0, "unfilled": 0, "compacted": 2}]
+    assert (stats["compacted"], stats["labelled"]) == (2, 1)
+    assert stats["inboxes"] == [{"name": "inbox-0", "waiting": 0, "unfilled": 0, "compacted": 2, "labels": 1}]
     missing = kcm("store", "stats", str(tmp_path / "nowhere"), "--json")
     assert missing.returncode == 9 and "the folder does not exist" in json.loads(missing.stdout)["message"]
     (tmp_path / "empty").mkdir()
     for verb in ("stats", "compact"):
         empty = kcm("store", verb, str(tmp_path / "empty"), "--json")
         assert empty.returncode == 9 and "it holds no inbox and no Parquet part" in json.loads(empty.stdout)["message"]
+    uncompacted = kcm("store", "hints", str(tmp_path / "empty"), "--json")
+    assert uncompacted.returncode == 9 and json.loads(uncompacted.stdout)["fix"].startswith("kcm store compact")
 
 
 def test_a_key_that_is_not_the_certificates_is_named_by_the_dry_run(tmp_path: Path, settings: list[str]) -> None:

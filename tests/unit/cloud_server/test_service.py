@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,57 +15,13 @@ import numpy as np
 import pytest
 from cloud_kit import HINT, SPACE, request, sample
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from service_kit import TASK, play, refused, scores, scraped, serving
 
-import kcm.task
 from cloud_server.config import CloudConfig
 from cloud_server.server import running
 from kcm.errors import KcmError
-from kcm.sample import Float32, HintArm, scores_from_proto
+from kcm.sample import Float32, HintArm
 from protos.kcm.v1 import cloud_pb2, cloud_pb2_grpc, sample_pb2
-
-Play = Callable[[Any, cloud_kit.RuleModel], Awaitable[None]]
-TASK = kcm.task.Task(id="toy", labels=cloud_kit.LABELS)
-
-
-@contextlib.asynccontextmanager
-async def serving(folder: Path, model: Any, **changes: Any) -> AsyncIterator[tuple[Any, grpc.aio.Channel, str]]:
-    settings = {
-        "task": "t",
-        "large": "l",
-        "store": str(folder / "store"),
-        "listen": "127.0.0.1:0",
-        "metrics_listen": "127.0.0.1:0",
-        **changes,
-    }
-    async with running(CloudConfig(**settings), TASK, model) as (address, metrics):
-        async with grpc.aio.insecure_channel(address) as channel:
-            yield cloud_pb2_grpc.CloudStub(channel), channel, metrics
-
-
-def play(folder: Path, act: Play, **changes: Any) -> cloud_kit.RuleModel:
-    """Run `act(stub, model)` against a server of its own; calls of the warm-up are forgotten."""
-    model = cloud_kit.RuleModel()
-
-    async def run() -> None:
-        async with serving(folder, model, **changes) as (stub, _, _):
-            model.calls.clear()
-            await act(stub, model)
-
-    asyncio.run(run())
-    return model
-
-
-def scores(prediction: cloud_pb2.Prediction) -> Float32:
-    return scores_from_proto(prediction.scores, SPACE, 4)
-
-
-async def refused(call: Awaitable[Any], code: grpc.StatusCode, message: str) -> grpc.aio.AioRpcError:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    assert caught.value.code() is code, caught.value
-    assert message in (caught.value.details() or ""), caught.value.details()
-    assert "Traceback" not in (caught.value.details() or "")
-    return caught.value
 
 
 def test_samples_are_answered_in_order_and_stored(tmp_path: Path) -> None:
@@ -152,16 +106,16 @@ async def _call(stub: Any, sample_id: str, text: str = "profit rose") -> Any:
 
 def test_hints_reach_the_model_and_the_store_waits_for_the_teachers_own_logits(tmp_path: Path) -> None:
     async def act(stub: Any, model: cloud_kit.RuleModel) -> None:
-        reply = await stub.Predict(request(sample("s1", hint=HINT), sample("s2")), timeout=5)
+        reply = await stub.Predict(request(sample("s1", hint=HINT, p_hint=0.75), sample("s2", p_hint=0.75)), timeout=5)
         assert [hint.label_ids if hint else None for _, hint in model.calls] == [(3, 1), None]
         assert [p.hint_arm for p in reply.predictions] == [HintArm.CANDIDATES, HintArm.NONE]
         np.testing.assert_array_equal(scores(reply.predictions[0]), model.row("profit rose", model.calls[0][1]))
 
     play(tmp_path, act, fill=False)
     with apsw.Connection(str(tmp_path / "store" / "inbox-0.db")) as db:
-        assert db.execute("SELECT sample_id, hint_arm, teacher_logits IS NULL FROM rows ORDER BY seq").fetchall() == [
-            ("s1", 2, 1),
-            ("s2", 1, 0),
+        assert db.execute("SELECT sample_id, p_hint, hint_arm, teacher_logits IS NULL FROM rows ORDER BY seq").fetchall() == [
+            ("s1", 0.75, 2, 1),
+            ("s2", 0.75, 1, 0),
         ]
 
 
@@ -176,6 +130,25 @@ def test_an_idle_server_fills_the_teachers_own_logits(tmp_path: Path) -> None:
 
     play(tmp_path, act)
     assert filled() == [cloud_kit.RuleModel.row("profit rose").tobytes()]
+
+
+def test_the_fill_counts_the_answers_that_the_hint_had_changed(tmp_path: Path) -> None:
+    texts = [f"text {number}" for number in range(40)]
+    row = cloud_kit.RuleModel.row
+    changed = sum(row(text, HINT).argmax() != row(text).argmax() for text in texts)
+    assert 0 < changed < 40
+
+    async def run() -> None:
+        async with serving(tmp_path, cloud_kit.RuleModel()) as (stub, _, metrics):
+            await stub.Predict(request(*(sample(text, text, hint=HINT) for text in texts)), timeout=5)
+            for _ in range(100):
+                text = await scraped(metrics)
+                if f'kcm_cloud_hint_pairs_total{{answer="same"}} {40.0 - changed}' in text:
+                    break
+                await asyncio.sleep(0.1)
+            assert f'kcm_cloud_hint_pairs_total{{answer="changed"}} {float(changed)}' in text
+
+    asyncio.run(run())
 
 
 def test_a_model_that_reads_no_hints_gets_none(tmp_path: Path) -> None:
@@ -227,6 +200,8 @@ def test_backfill_is_served_behind_live(tmp_path: Path) -> None:
         (request(sample("s1", purpose=0)), "purpose is not set"),
         (request(sample("s1", confidence=float("nan"))), "confidence is outside 0..1"),
         (request(sample("s1", p_escalate=1.5)), "p_escalate is outside 0..1"),
+        (request(sample("s1", p_hint=-0.1)), "p_hint is outside 0..1"),
+        (request(sample("s1", p_hint=float("nan"))), "p_hint is outside 0..1"),
         (request(sample("s1", small=np.zeros(3, np.float32))), "scores have 12 bytes, expected 16"),
         (request(sample("s1", small=np.full(4, np.inf, np.float32))), "scores are not finite"),
         (request(*(sample(f"s{i}") for i in range(9))), "9 samples, at most 8"),
@@ -357,7 +332,7 @@ def test_a_full_store_is_no_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             assert stored[0] and not stored[-1]
             resend = await stub.Predict(request(sample("s0", "0 " + "x" * 9000)), timeout=5)
             assert resend.predictions[0].stored, "what is in the store is still answered from it"
-            text = await asyncio.to_thread(lambda: urllib.request.urlopen(f"http://{metrics}/metrics").read().decode())
+            text = await scraped(metrics)
             assert f'kcm_cloud_store_rows_total{{result="failed"}} {float(stored.count(False))}' in text
 
     asyncio.run(run())
@@ -366,15 +341,17 @@ def test_a_full_store_is_no_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_metrics_count_what_happened(tmp_path: Path) -> None:
     async def run() -> None:
         async with serving(tmp_path, cloud_kit.RuleModel()) as (stub, _, metrics):
-            await stub.Predict(request(sample("s1"), sample("s2", purpose=cloud_pb2.BACKFILL)), timeout=5)
+            await stub.Predict(request(sample("s1"), sample("s2", hint=HINT, purpose=cloud_pb2.BACKFILL)), timeout=5)
             await stub.Predict(request(sample("s1")), timeout=5)
             await refused(stub.Predict(request(), timeout=5), grpc.StatusCode.INVALID_ARGUMENT, "")
-            text = await asyncio.to_thread(lambda: urllib.request.urlopen(f"http://{metrics}/metrics").read().decode())
+            text = await scraped(metrics)
             for line in (
                 'kcm_cloud_requests_total{code="OK"} 2.0',
                 'kcm_cloud_requests_total{code="INVALID_ARGUMENT"} 1.0',
                 'kcm_cloud_samples_total{purpose="live"} 2.0',
                 'kcm_cloud_samples_total{purpose="backfill"} 1.0',
+                'kcm_cloud_hint_arm_total{arm="none"} 2.0',
+                'kcm_cloud_hint_arm_total{arm="candidates"} 1.0',
                 'kcm_cloud_store_rows_total{result="stored"} 2.0',
                 'kcm_cloud_store_rows_total{result="resent"} 1.0',
                 "kcm_cloud_queue_depth 0.0",
