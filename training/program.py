@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kcm.task import Task
+from kcm.task import Task, with_method
 from training.calibrate import fixed
 from training.data import Split
 from training.distil import gauged, round_examples
 from training.evaluate import auroc, wilson
 from training.fit import Fitted, fit, one_hot
-from training.judge import max_softmax
+from training.gate import forgetting
+from training.judge import fit_judge, max_softmax
 from training.run import Run, run_info
 from training.small import Examples, Small
 
@@ -49,32 +50,60 @@ def distil_run(
     gauge: tuple[Float32, NDArray[np.int64]] | None,
     seed: int,
     progress: Progress,
+    p_escalate: Float32 | None = None,
+    method: str = "",
 ) -> Run:
     """The next round: labels, the large model's logits [M, C] for `texts`, and the judge's confidence.
 
     Args:
         parent: id of the bundle whose devices sent the samples.
         gauge: the large model's logits [K, C] for labelled samples and their labels [K], to calibrate an "auto" ε_l by.
+        p_escalate: [M], with which probability each of `texts` was sent.
+        method: distil by this one (kcm.task.METHODS) instead of the previous run's.
+
+    The new run's metrics hold "forgetting": how its accuracy on the labels of round 0 compares with the previous run's.
+
+    Raises:
+        ConfigError: no such method.
     """
-    task, spec = previous.task, previous.task.distill
+    task = with_method(previous.task, method) if method else previous.task
+    spec = task.distill
     labelled = labelled_examples(task, kind, train)
     progress(f"{len(texts)} teacher rows, {len(train)} labels")
     # The labelled rows come first in every run, so these are their out-of-fold predictions.
     own = previous.out_of_fold.take(np.arange(len(train)))
     if gauge is not None:
         spec = gauged(spec, *gauge, float((own.logits.argmax(1) == train.y).mean()))
-    examples, passed, used = round_examples(kind, labelled, own, previous.judge, kind.featurise(texts), logits, spec)
+    judge = previous.judge
+    if judge.spec.kind != task.judge.kind:
+        judge = fit_judge(task.judge, previous.out_of_fold, previous.targets, previous.info.seed)
+    drawn = (seed, previous.info.round + 1)
+    features = kind.featurise(texts)
+    examples, passed, used = round_examples(kind, labelled, own, judge, features, logits, spec, p_escalate=p_escalate, seed=drawn)
     progress(f"{passed:.1%} of them above ε_l = {0.0 if spec.teacher_epsilon == 'auto' else spec.teacher_epsilon:.3f}")
     fitted = fit(task, kind, examples, seed=seed, progress=progress)
     info = run_info(task, round_=previous.info.round + 1, parent=parent, teacher_id=teacher_id, seed=seed, temperature=fitted.temperature)
-    run = _run(info, fitted, kind, train.texts + [texts[i] for i in used], examples, test)
+    tested = kind.featurise(test.texts) if test is not None else None
+    run = _run(info, fitted, kind, train.texts + [texts[i] for i in used], examples, test, tested)
+    run.metrics["forgetting"] = _forgotten(previous, run, kind, train, test, tested)
+    run.metrics["method"] = spec.method
     run.metrics["teacher_rows"] = len(texts)
     run.metrics["teacher_rows_used"] = passed
     run.metrics["teacher_epsilon"] = 0.0 if spec.teacher_epsilon == "auto" else spec.teacher_epsilon
     return run
 
 
-def _run(info: Any, fitted: Fitted, kind: Small, texts: list[str], examples: Examples, test: Split | None) -> Run:
+def _forgotten(previous: Run, new: Run, kind: Small, train: Split, test: Split | None, tested: Any) -> dict[str, Any]:
+    """Out of fold on the labels of round 0, which come first in every run, and under "test" on the test split where there is one."""
+    before, after = (run.out_of_fold.logits[: len(train)].argmax(1) == train.y for run in (previous, new))
+    found = forgetting(before, after, train.y, new.task.labels)
+    if test is not None:
+        before, after = (kind.predict(run.small, tested).logits.argmax(1) == test.y for run in (previous, new))
+        found["test"] = forgetting(before, after, test.y, new.task.labels)
+    return found
+
+
+def _run(info: Any, fitted: Fitted, kind: Small, texts: list[str], examples: Examples, test: Split | None, tested: Any = None) -> Run:
     confidence = fitted.judge.confidence(fitted.out_of_fold)
     return Run(
         info=info,
@@ -86,16 +115,19 @@ def _run(info: Any, fitted: Fitted, kind: Small, texts: list[str], examples: Exa
         weights=examples.weights,
         labelled=examples.labelled,
         threshold=fixed(confidence, info.task.judge.epsilon),
-        metrics=measure(info.task, fitted, kind, examples, test),
+        metrics=measure(info.task, fitted, kind, examples, test, tested),
     )
 
 
-def measure(task: Task, fitted: Fitted, kind: Small, examples: Examples, test: Split | None) -> dict[str, Any]:
-    """Out-of-fold on the labelled examples, and on the test split where there is one: accuracy, and how well confidence ranks it."""
+def measure(task: Task, fitted: Fitted, kind: Small, examples: Examples, test: Split | None, tested: Any = None) -> dict[str, Any]:
+    """Out-of-fold on the labelled examples, and on the test split where there is one: accuracy, and how well confidence ranks it.
+
+    `tested` are the features of the test split, where they are made already.
+    """
     own = fitted.out_of_fold.take(np.flatnonzero(examples.labelled))
     splits = {"out_of_fold": (own, examples.targets[examples.labelled].argmax(1))}
     if test is not None:
-        splits["test"] = (kind.predict(fitted.small, kind.featurise(test.texts)), test.y)
+        splits["test"] = (kind.predict(fitted.small, kind.featurise(test.texts) if tested is None else tested), test.y)
     metrics: dict[str, Any] = {}
     for name, (predictions, labels) in splits.items():
         right = predictions.logits.argmax(1) == labels

@@ -1,8 +1,11 @@
-"""Reading the teacher store's Parquet parts: what the cloud committed, exactly once after compaction."""
+"""Reading the teacher store's Parquet parts: what the cloud committed, exactly once after compaction. Memory stays bounded."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,60 +13,141 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kcm.errors import StoreError, require
+from kcm.policy import draw
+from kcm.sample import Purpose
 from kcm.task import Task
+from kcm.teacher import COLUMNS
 from training.reserve import reserved
+from training.reservoir import Reservoir, Rows
 
 Float32 = NDArray[np.float32]
 
+_BATCH = 1024  # rows decoded at a time: a text may be a document
+_ABOUT = ("edge_id", "sample_id", "task_id", "label_space", "teacher_id", "purpose", "p_escalate")
+_COLUMNS = (*_ABOUT, "text", "teacher_logits")
 
-def read_lessons(store: Path, task: Task, teacher_id: str = "", held_back: Collection[str] = ()) -> tuple[list[str], Float32, str]:
-    """(texts [N], teacher logits [N, C] scored without a hint, the teacher's id) of this task's label space.
+
+@dataclass(frozen=True)
+class Lessons:
+    """Texts [N] with teacher logits [N, C] scored without a hint, and with which probability each was sent [N].
+
+    `stored` rows of this task and teacher were there; some are reserved, held back, or above a cap.
+    """
+
+    texts: list[str]
+    logits: Float32
+    p_escalate: Float32
+    teacher_id: str
+    stored: int
+
+
+def read_lessons(store: Path, task: Task, teacher_id: str = "", held_back: Collection[str] = (), *, seed: int = 0) -> Lessons:
+    """What a round may learn from this store: rows of this task's label space, at most [distill] max_rows, per_class and per_edge.
 
     Left out: what is reserved for calibration (training/reserve.py) where the task has a stream to read it from.
 
     Args:
         teacher_id: read only this teacher's rows; "" where the store holds one teacher.
-        held_back: texts that are never learnt from, those of the test and calibration files.
+        held_back: texts that are never learnt from, those of the test, calibration and gold files.
+        seed: draws which rows stay where a cap leaves some out.
 
     Raises:
         StoreError: nothing compacted, damaged, no row of this task, a row over other classes, or rows of several teachers.
     """
-    texts: list[str] = []
-    logits: list[Float32] = []
-    teachers: set[str] = set()
-    others: set[str] = set()
-    for row in _rows(store):
-        if (row["task_id"], row["label_space"]) != (task.id, task.label_space):
-            others.add(f"task {row['task_id']} with labels {row['label_space']}")
-            continue
-        if row["teacher_logits"] is None or teacher_id not in ("", row["teacher_id"]):
-            continue
-        if row["text"] in held_back or (task.data.stream and reserved(row["text"])):
-            continue
-        if len(row["teacher_logits"]) != len(task.labels):
-            raise StoreError(f"{store}: a row has {len(row['teacher_logits'])} logits, the task {len(task.labels)} labels")
-        texts.append(row["text"])
-        logits.append(np.array(row["teacher_logits"], np.float32))
-        teachers.add(row["teacher_id"])
-    if not texts:
-        holds = f"; it holds {', '.join(sorted(others))}" if others else ""
-        fix = "give the store of this task" if others else f"kcm store compact {store}"
-        raise StoreError(f"{store} holds nothing to learn from for task {task.id} with labels {task.label_space}{holds}", fix=fix)
-    if len(teachers) > 1:
-        raise StoreError(f"{store} holds rows of {len(teachers)} teachers: {', '.join(sorted(teachers))}", fix="choose one with --teacher")
-    return texts, np.stack(logits), teachers.pop()
-
-
-def _rows(store: Path) -> Iterator[dict[str, Any]]:
-    """Every row of every part, in batches, so that only what is learnt from stays in memory."""
-    parquet, pyarrow = require("pyarrow.parquet", "train"), require("pyarrow", "train")
-    wanted = ["text", "label_space", "task_id", "teacher_logits", "teacher_id"]
+    require("pyarrow", "train")
+    found = _Found(store, task, teacher_id, held_back, seed)
     for part in sorted((store / "parquet").glob("*.parquet")):
-        try:
-            with parquet.ParquetFile(part, page_checksum_verification=True) as file:
-                if missing := sorted(set(wanted) - set(file.schema_arrow.names)):
-                    raise StoreError(f"{part} can't be read: it has no column {missing[0]!r}")
-                for batch in file.iter_batches(4096, columns=wanted):
-                    yield from batch.to_pylist()
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise StoreError(f"{part} can't be read: {error}", fix=f"kcm store compact {store}, or restore the file") from error
+        with _readable(part, store):
+            for batch in _batches(part):
+                found.add(batch)
+    rows = found.reservoir.rows()
+    if not rows.texts:
+        holds = f"; it holds {', '.join(sorted(found.others))}" if found.others else ""
+        fix = "give the store of this task" if found.others else f"kcm store compact {store}"
+        raise StoreError(f"{store} holds nothing to learn from for task {task.id} with labels {task.label_space}{holds}", fix=fix)
+    teachers = sorted(found.teachers)
+    if len(teachers) > 1:
+        raise StoreError(f"{store} holds rows of {len(teachers)} teachers: {', '.join(teachers)}", fix="choose one with --teacher")
+    return Lessons(rows.texts, rows.logits, rows.p_escalate, teachers[0], found.stored)
+
+
+class _Found:
+    """What was read so far: the rows that stay, and what else the store was seen to hold."""
+
+    def __init__(self, store: Path, task: Task, teacher_id: str, held_back: Collection[str], seed: int) -> None:
+        self._store, self._task, self._teacher_id, self._held_back, self._seed = store, task, teacher_id, held_back, seed
+        self.reservoir = Reservoir(task.distill, len(task.labels))
+        self.teachers: set[str] = set()
+        self.others: set[str] = set()
+        self.stored = 0
+
+    def add(self, batch: Any) -> None:
+        """Take what is to be learnt from an Arrow batch. Texts and logits are decoded only for rows that may stay."""
+        import pyarrow
+
+        about = {name: batch.column(name).to_pylist() for name in _ABOUT}
+        index = self._ours(about, batch.column("teacher_logits").is_valid().to_pylist())
+        self.stored += len(index)
+        priority = np.array([self._priority(about, i) for i in index], np.float64)
+        near = np.flatnonzero(priority < self.reservoir.highest)
+        index, priority = [index[i] for i in near], priority[near]
+        texts = batch.column("text").take(pyarrow.array(index, pyarrow.int64())).to_pylist()
+        learnable = [i for i, text in enumerate(texts) if self._learnable(text)]
+        index = [index[i] for i in learnable]
+        self.teachers.update(about["teacher_id"][i] for i in index)
+        lists = batch.column("teacher_logits").take(pyarrow.array(index, pyarrow.int64()))
+        classes = len(self._task.labels)
+        for size in set(lists.value_lengths().to_pylist()) - {classes}:
+            raise StoreError(f"{self._store}: a row has {size} logits, the task {classes} labels")
+        self.reservoir.add(
+            Rows(
+                [texts[i] for i in learnable],
+                lists.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(index), classes),
+                np.array([about["p_escalate"][i] for i in index], np.float32),
+                np.array([_number(about["edge_id"][i]) for i in index], np.int64),
+                priority[learnable],
+            )
+        )
+
+    def _ours(self, about: dict[str, list[Any]], filled: list[bool]) -> list[int]:
+        ours = (self._task.id, self._task.label_space)
+        pairs = list(zip(about["task_id"], about["label_space"], strict=True))
+        self.others.update(f"task {task} with labels {space}" for task, space in set(pairs) - {ours})
+        wanted = self._teacher_id
+        return [i for i, pair in enumerate(pairs) if pair == ours and filled[i] and wanted in ("", about["teacher_id"][i])]
+
+    def _priority(self, about: dict[str, list[Any]], i: int) -> float:
+        explored = about["purpose"][i] == Purpose.EXPLORE or 0 < about["p_escalate"][i] < 1
+        return draw(f"{about['edge_id'][i]}\x00{about['sample_id'][i]}", f"lesson {self._seed}") + (0 if explored else 1)
+
+    def _learnable(self, text: str | None) -> bool:
+        return text is not None and text not in self._held_back and not (self._task.data.stream and reserved(text))
+
+
+def _number(edge_id: str) -> int:
+    """An edge as a number, so that thousands of edges need no table."""
+    return int.from_bytes(hashlib.blake2b(edge_id.encode(), digest_size=8).digest(), "big", signed=True)
+
+
+def _batches(part: Path) -> Iterator[Any]:
+    """A part's rows a few at a time: not pre-buffered, not mapped and by one thread, so that no row group is held whole."""
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(part, page_checksum_verification=True, pre_buffer=False, memory_map=False, buffer_size=2**16) as file:
+        if missing := sorted(set(_COLUMNS) - set(file.schema_arrow.names)):
+            raise StoreError(f"{part} can't be read: it has no column {missing[0]!r}")
+        for name in _COLUMNS:
+            kind = str(file.schema_arrow.field(name).type).replace("element: ", "")
+            if kind != COLUMNS[name]:  # the footer has no checksum: one flipped bit makes a string bytes
+                raise StoreError(f"{part} can't be read: its column {name!r} holds {kind}, not {COLUMNS[name]}")
+        yield from file.iter_batches(_BATCH, columns=list(_COLUMNS), use_threads=False)
+
+
+@contextmanager
+def _readable(part: Path, store: Path) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise StoreError(f"{part} can't be read: {error}", fix=f"kcm store compact {store}, or restore the file") from error

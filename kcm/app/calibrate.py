@@ -80,6 +80,9 @@ def calibrate(
     ] = None,
     epsilon: Annotated[float | None, typer.Option("--epsilon", min=-1.0, max=1.0, help="This ε; the paper's is 0.98.")] = None,
     large: Annotated[Path | None, typer.Option("--large", help="Folder of the large model: for all that weighs its answers.")] = None,
+    store: Annotated[
+        Path | None, typer.Option("--store", help="Teacher store: truths that applications told count when the head is chosen.")
+    ] = None,
     head: Annotated[
         str, typer.Option("--head", help="auto, or the head that routes: confidence, correctness, benefit, max-softmax.")
     ] = "auto",
@@ -99,7 +102,7 @@ def calibrate(
     is refused where the labels can't support it; --accuracy and --below-large are estimates.
 
     With --large and labels, the head that routes and the hint's gate are chosen first, on a selection split: the file that [data]
-    names, else a third of the calibration file. ε never sees those samples.
+    names, else a third of the calibration file. ε never sees those samples. --store adds what Feedback told, weighted by 1/p_escalate.
 
     Try it: kcm calibrate runs/train/1 --cloud-rate 0.3
             kcm calibrate runs/train/1 --max-accuracy-drop 1pt --large large
@@ -121,7 +124,10 @@ def calibrate(
     model = load_large(large) if large else None
     divided = head not in ("confidence", "max-softmax") or hint == "auto"
     selection, labelled = _labelled(loaded, kind, model, steps, divided=divided)
-    router = choose(loaded.judge, head, selection.selection if selection else None, loaded.taught)
+    samples = selection.selection if selection else None
+    if store is not None:
+        samples = with_truths(loaded, kind, store, samples, model.teacher_id if model else "", steps)
+    router = choose(loaded.judge, head, samples, loaded.taught)
     loaded = replace(loaded, head=router.outcome, threshold=msgspec.structs.replace(loaded.threshold, head=router.choice))
     scores, source = unlabelled_scores(loaded, kind)
     promise = None
@@ -188,6 +194,32 @@ def _labelled(run: Run, kind: Small, large: LargeModel | None, steps: Steps, *, 
     return parts[0], parts[1]
 
 
+def with_truths(run: Run, kind: Small, store: Path, samples: Selection | None, teacher_id: str, steps: Steps) -> Selection:
+    """The selection samples [N], with the store's truths about texts that nothing was fitted on behind them.
+
+    Each part counts as many samples as it is worth: the truths' weights are scaled to their effective number.
+    """
+    import numpy as np
+
+    from training.reserve import reserved
+    from training.select import Selection
+    from training.truths import read_truths
+
+    seen = set(run.texts)
+    told = read_truths(store, run.task, lambda text: text not in seen and (run.info.round == 0 or reserved(text)), teacher_id)
+    steps(f"{len(told.texts)} truths of the store, worth {told.effective_n:.0f} equal samples")
+    weights = told.weights * np.float32(told.effective_n / told.weights.sum())
+    predictions = kind.predict(run.small, kind.featurise(told.texts))
+    if samples is None:
+        return Selection(predictions, told.large, told.labels, weights)
+    return Selection(
+        type(predictions).concatenate([samples.predictions, predictions]),
+        np.concatenate([samples.large, told.large]),
+        np.concatenate([samples.labels, told.labels]),
+        np.concatenate([np.ones(len(samples), np.float32), weights]),
+    )
+
+
 def _by_labels(
     run: Run,
     labelled: Labelled,
@@ -238,7 +270,7 @@ def _with_gate(
         else:
             from kcm.app.hint import gate_for
 
-            gate = gate_for(run, large, selection.split, selection.predictions, threshold.epsilon, steps)
+            gate = gate_for(run, large, selection.split, selection.predictions, threshold.epsilon, steps, plain=selection.large)
     elif hint in get_args(Arm):
         gate = HintGate(arm=hint, reason="set by hand")  # type: ignore[arg-type]
     else:

@@ -16,7 +16,7 @@ from kcm.errors import ConfigError
 from kcm.task import load_task
 from training.data import load_split
 from training.program import distil_run, train_run
-from training.run import Run, load_run, next_run_folder, save_run, save_threshold
+from training.run import Run, load_run, next_run_folder, save_calibrated, save_run
 from training.small import Ngrams
 
 
@@ -105,8 +105,9 @@ def test_saving_again_never_shows_a_mixture(tiny_run: Run, tmp_path: Path) -> No
 
 def test_a_threshold_alone_can_be_written_anew(tiny_run_dir: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_run_dir, tmp_path / "run")
-    threshold = msgspec.structs.replace(load_run(folder).threshold, epsilon=0.123)
-    save_threshold(folder, threshold)
+    run = load_run(folder)
+    threshold = msgspec.structs.replace(run.threshold, epsilon=0.123)
+    save_calibrated(folder, replace(run, threshold=threshold))
     assert load_run(folder).threshold == threshold
 
 
