@@ -87,21 +87,3 @@ def auroc(score: Float, positive: Bool) -> float:
         return float("nan")
     ranks = rankdata(score)
     return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * (positive.size - n)))
-
-
-GROUPS = ("many", "medium", "few")
-
-
-def by_group(right: Bool, labels: NDArray[np.integer], frequency: NDArray[np.integer]) -> dict[str, float]:
-    """Accuracy on the long tail: of the samples [N] of the most frequent third of the classes, of the next, and of the rarest.
-
-    Thirds, not the numbers of rows that image benchmarks use (> 100, 20 to 100, < 20; Liu et al. 2019): an edge has few rows of any.
-    A group without a sample is left out.
-
-    Args:
-        right: [N], which samples were answered rightly. labels: [N]. frequency: [C], training rows of each class; of equally
-            frequent ones the first counts as the more frequent.
-    """
-    thirds = np.array_split(np.argsort(-np.asarray(frequency), kind="stable"), len(GROUPS))
-    held = {name: np.isin(labels, third) for name, third in zip(GROUPS, thirds, strict=True)}
-    return {name: float(right[inside].mean()) for name, inside in held.items() if inside.any()}

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from kcm.policy import epsilon_for_rate
 from kcm.task import Task, with_method
 from training.data import Split
-from training.evaluate import RATES, Routed, auroc, by_group, curve, paired_interval, route
+from training.evaluate import RATES, Routed, auroc, curve, paired_interval, route
 from training.floor import TfidfLinear
+from training.groups import by_group, frequency_groups
 from training.judge import Predictions, max_softmax
 from training.rounds import Loop, Stream, Teacher
 from training.select import Selection, choose
@@ -153,7 +154,6 @@ def _measure(
         for name in ("confidence", "twin", "max_softmax"):
             points[str(rate)][f"{names.get(name, name)}_accuracy"] = curves[name][rate].accuracy
             points[str(rate)][f"{names.get(name, name)}_realised_rate"] = curves[name][rate].cloud_rate
-    answers = {"small": small_right, "kcm": curves["kcm"][GROUPED_AT].right, "large": large_right}
     row: dict[str, Any] = {
         "small_accuracy": float(small_right.mean()),
         "large_accuracy": float(large_right.mean()),
@@ -163,7 +163,7 @@ def _measure(
         "head": router.choice.head,
         "grouped_at": GROUPED_AT,
         "curve": points,
-        "groups": {name: by_group(right, setting.test.y, setting.class_frequency) for name, right in answers.items()},
+        "groups": _groups(setting, {"small": small_right, "kcm": curves["kcm"][GROUPED_AT].right, "large": large_right}),
     }
     if setting.outside:
         outside = setting.kind.predict(fitted.small, setting.outside_features)
@@ -173,6 +173,15 @@ def _measure(
         found = {name: auroc(np.concatenate([score(predictions), score(outside)]), inside) for name, score in ranked.items()}
         return {**row, "outside_auroc": found}, curves
     return row, curves
+
+
+def _groups(setting: Setting, right: dict[str, NDArray[np.bool_]]) -> dict[str, dict[str, float]]:
+    """Per system its accuracy on frequent, middling and rare classes; a group without a test sample is left out."""
+    rows = by_group(
+        frequency_groups(setting.class_frequency), setting.test.y, {name: answers.astype(float) for name, answers in right.items()}
+    )
+    held = {group: row["accuracy"] for group, row in rows.items() if row["samples"]}
+    return {name: {group: accuracy[name] for group, accuracy in held.items()} for name in right}
 
 
 class _Floor:

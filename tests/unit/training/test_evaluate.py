@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from kcm.errors import DataError
 from training.calibrate import fixed, for_accuracy, for_rate
-from training.evaluate import RATES, auroc, by_group, curve, paired_interval, route, wilson
+from training.evaluate import RATES, auroc, curve, paired_interval, route, wilson
 
 
 @pytest.mark.parametrize(
@@ -111,12 +111,3 @@ def test_an_accuracy_is_reached_with_the_fewest_calls_or_refused() -> None:
     with pytest.raises(DataError, match="out of reach on 4") as error:
         for_accuracy(confidence, small, np.zeros(4, bool), 0.9)
     assert "lower the target" in error.value.fix
-
-
-def test_the_long_tail_is_the_rarest_third_of_the_classes() -> None:
-    frequency = np.array([5, 100, 7, 0, 60, 7, 1])  # 1, 4, 2 | 5, 0 | 6, 3: the first third takes what is left over
-    labels = np.array([1, 4, 2, 2, 5, 0, 6, 6, 3])
-    right = np.array([1, 1, 1, 0, 0, 1, 0, 0, 1], bool)
-    assert by_group(right, labels, frequency) == {"many": 0.75, "medium": 0.5, "few": pytest.approx(1 / 3)}
-    assert by_group(right[:4], labels[:4], frequency) == {"many": 0.75}, "a group without a sample has no accuracy"
-    assert by_group(right, labels, np.ones(7))["few"] == pytest.approx(0.0), "of equals the first counts as the more frequent"

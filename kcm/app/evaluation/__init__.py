@@ -1,0 +1,1 @@
+"""`kcm eval`: how a run routes on its frozen test split, beside every baseline of the protocol."""
