@@ -95,12 +95,15 @@ def _layers(nodes: Nodes, layers: nn.Sequential, x: str, precision: Precision) -
         x = nodes("Cast", x, to=TensorProto.FLOAT16)
     for layer in layers:
         x = append_kan(nodes, layer, x, precision) if isinstance(layer, KanLayer) else _dense(nodes, layer, x, precision)
-    return nodes("Cast", x, to=TensorProto.FLOAT) if precision == "fp16" else x
+    if precision == "fp16":
+        x = nodes("Cast", x, to=TensorProto.FLOAT)
+    return x
 
 
 def _dense(nodes: Nodes, layer: nn.Module, x: str, precision: Precision) -> str:
     """One layer of an MLP."""
-    dtype, y = DTYPES[precision], ""
+    dtype = DTYPES[precision]
+    y: str
     if isinstance(layer, nn.BatchNorm1d):
         assert layer.running_mean is not None and layer.running_var is not None
         scale = (1 / (layer.running_var + layer.eps).sqrt()).numpy()

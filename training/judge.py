@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kcm.task import JudgeSpec
-from training.kan import KanLayer
+from training.kan import KanLayer, sparsity
 
 Float32 = NDArray[np.float32]
 
@@ -152,6 +152,9 @@ def fit_judge(spec: JudgeSpec, out_of_fold: Predictions, targets: Float32, seed:
         loss = loss + _L2 / 2 * sum(p.square().sum() for p in parameters)
         loss = loss + _SMOOTH / 2 * sum(c.diff(n=2, dim=-1).square().sum() for c in curves)
         loss = loss / len(wanted)
+        if spec.l1 or spec.entropy:
+            size, spread = sparsity(judge.layers, inputs)
+            loss = loss + spec.l1 * size + spec.entropy * spread
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
