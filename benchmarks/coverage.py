@@ -70,7 +70,8 @@ def main() -> None:
         # A refusal promises nothing, so it can't be broken: it counts as kept.
         broken = sum(drop > arguments.drop + 1e-12 for drop in drops)
         low, high = wilson(broken, arguments.resamples)
-        print(f"{name:13} broken {broken / arguments.resamples:6.1%} [{low:.1%}, {high:.1%}]   mean true drop {100 * np.mean(drops or [0]):+.2f} points")
+        share = f"{broken / arguments.resamples:6.1%} [{low:.1%}, {high:.1%}]"
+        print(f"{name:13} broken {share}   mean true drop {100 * np.mean(drops or [0]):+.2f} points")
     oracle = next(e for e in [*reversed(thresholds)] if true_drop(e) <= arguments.drop)
     print(
         f"refused {refused} of {arguments.resamples}; calls where promised: mean {np.mean(calls or [1]):.1%}, "

@@ -45,10 +45,10 @@ class HintGate(msgspec.Struct, frozen=True, kw_only=True):
     A share `no_hint` of the samples that would get a hint goes without, chosen by a hash of the sample id: it keeps measuring the effect.
     """
 
-    arm: Arm = "candidates"
+    arm: Arm = "none"
     lowest: Share = 0.0
     no_hint: Share = 0.02
-    reason: str = "not fitted"
+    reason: str = "not fitted: an untested hint can pull the large model down, so none is shown"
     samples: int = 0
     evidence: dict[str, ArmEvidence] = {}
 

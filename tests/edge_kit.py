@@ -30,7 +30,7 @@ import kcm.bundle
 import kcm.task
 from edge_runtime.engine import OrtEngine
 from kcm.bundle import GraphSpec
-from kcm.calibration import Calibration
+from kcm.calibration import Calibration, HintGate
 from kcm.preprocess import GROUPS, Preprocessor, load_preprocessor
 from kcm.task import PreprocessSpec, SmallSpec, Task
 from protos.kcm.v1 import edge_pb2, edge_pb2_grpc, sample_pb2
@@ -153,7 +153,8 @@ def make_bundle(
     model = graph(table, ngrams=ngrams)
     (folder / "models" / "fp32.onnx").write_bytes(model)
     (folder / "task.toml").write_text(_toml(task))
-    calibration = calibration or Calibration(epsilon=epsilon, calibration_id=f"cal-{seed}", method="fixed")
+    shown = HintGate(arm="candidates")
+    calibration = calibration or Calibration(epsilon=epsilon, calibration_id=f"cal-{seed}", method="fixed", hint=shown)
     (folder / "calibration.json").write_bytes(msgspec.json.encode({"fp32": calibration}))
     texts = [*EASY, *HARD, "größer als ß", ""]
     inputs = preprocessor.batch(texts)

@@ -85,7 +85,7 @@ def promise(score: Float, small_right: Bool, large_right: Bool, thresholds: list
     if chosen == 1.0:
         _, rate, drop, p = tested[-1]
         raise DataError(
-            f"no ε can be promised: already at {1 - rate:.0%} of samples kept the drop is {100 * drop:.2f} points on {n} samples (p = {p:.3f})",
+            f"no ε can be promised: with {1 - rate:.0%} of samples kept the drop is {100 * drop:.2f} points on {n} samples (p = {p:.3f})",
             fix="train or distil the small model further, keep back more labels, or promise less",
         )
     upper = upper_bound(*counts(score, small_right, large_right, chosen), n, delta)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from kcm.task import JudgeSpec
 from training.judge import FEATURES, Predictions, build_layers, features, normalise_by
-from training.kan import KanLayer
+from training.kan import KanLayer, sparsity
 
 Float32 = NDArray[np.float32]
 Bool = NDArray[np.bool_]
@@ -118,6 +118,9 @@ def fit_outcome_head(
         loss = -(wanted * torch.log_softmax(base + head.added(logits, inputs), 1)).sum()
         loss = loss + _L2[spec.kind] / 2 * sum(p.square().sum() for p in parameters) + _CLASS_L2 / 2 * head.classes.square().sum()
         loss = (loss + _SMOOTH / 2 * sum(c.diff(n=2, dim=-1).square().sum() for c in curves)) / float(weights.sum())
+        if spec.l1 or spec.entropy:
+            size, spread = sparsity(head.layers, inputs)
+            loss = loss + spec.l1 * size + spec.entropy * spread
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 

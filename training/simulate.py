@@ -137,6 +137,7 @@ def _measure(
         "confidence": fitted.judge.confidence,
         # The same head with the other kind of judge, of as many parameters.
         "twin": choose(fitted.twin, router.choice.head, selection, loop.taught).score,
+        "confidence_twin": fitted.twin.confidence,
         "max_softmax": lambda p: max_softmax(p.logits, fitted.temperature),
     }
     curves = {name: curve(score(reserve), score(predictions), small_right, large_right) for name, score in scores.items()}
@@ -218,6 +219,7 @@ class _Floor:
 def summarise(results: list[SeedResult]) -> dict[str, Any]:
     """The JSON of a simulation: seeds, the last round's mean and sd over seeds, and paired differences with 95 % intervals."""
     last = [result.rows[-1] for result in results]
+    kind, other = ("kan", "mlp") if "mlp_accuracy" in last[0]["curve"]["0.0"] else ("mlp", "kan")
     against = [name for name in ("max_softmax", "confidence", "twin", "floor") if name in results[0].right[-1]]
     return {
         "schema": 1,
@@ -231,6 +233,14 @@ def summarise(results: list[SeedResult]) -> dict[str, Any]:
                 if 0 < rate < 1 or name == "floor"
             }
             for name in against
+        }
+        | {
+            # The ablation of the paper: C_x of a KAN against that of an MLP, whatever head routes.
+            f"{kind}_minus_{other}": {
+                str(rate): _paired([result.right[-1] for result in results], "confidence_twin", rate, "confidence")
+                for rate in RATES
+                if 0 < rate < 1
+            }
         },
     }
 
@@ -250,9 +260,9 @@ def compare_methods(results: dict[str, list[SeedResult]]) -> dict[str, Any]:
     return found
 
 
-def _paired(rounds: list[dict[str, dict[float, Routed]]], other: str, rate: float) -> dict[str, float]:
-    """KCM minus `other` at one target, in accuracy: mean and 95 % interval over seeds and samples."""
-    differences = np.array([r["kcm"][rate].right.astype(float) - r[other][rate].right for r in rounds])
+def _paired(rounds: list[dict[str, dict[float, Routed]]], other: str, rate: float, one: str = "kcm") -> dict[str, float]:
+    """`one` minus `other` at one target, in accuracy: mean and 95 % interval over seeds and samples."""
+    differences = np.array([r[one][rate].right.astype(float) - r[other][rate].right for r in rounds])
     mean, low, high = paired_interval(differences)
     return {"mean": mean, "low": low, "high": high}
 

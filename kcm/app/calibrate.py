@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from cloud_server.models import LargeModel
-    from kcm.calibration import Threshold
+    from kcm.calibration import HintGate, Threshold
     from training.data import Split
     from training.guarantee import Promise
     from training.judge import Predictions
@@ -130,13 +130,21 @@ def calibrate(
     router = choose(loaded.judge, head, samples, loaded.taught)
     loaded = replace(loaded, head=router.outcome, threshold=msgspec.structs.replace(loaded.threshold, head=router.choice))
     scores, source = unlabelled_scores(loaded, kind)
-    promise = None
-    if labelled is not None and epsilon is None and cloud_rate is None:
-        threshold, promise = _by_labels(loaded, labelled, scores, drop=drop, confidence=confidence, accuracy=accuracy, below=below_large)
+
+    def decide(labelled: Labelled | None) -> tuple[Threshold, Promise | None]:
+        if labelled is not None and epsilon is None and cloud_rate is None:
+            return _by_labels(loaded, labelled, scores, drop=drop, confidence=confidence, accuracy=accuracy, below=below_large)
+        return _by_scores(loaded, scores, labelled, rate=cloud_rate, epsilon=epsilon), None
+
+    threshold, promise = decide(labelled)
+    gate = _with_gate(loaded, threshold, hint, no_hint, model, selection, steps).hint
+    if labelled is not None and model is not None and model.reads_hints and gate.arm != "none":
+        # What is promised is of the answers that devices will get: under this gate's hints.
+        labelled = _under_gate(loaded, labelled, gate, model, steps)
+        threshold, promise = decide(labelled)
+    if threshold.method in ("guarantee", "accuracy") and labelled is not None:
         source = f"{len(labelled.split)} labelled calibration samples"
-    else:
-        threshold = _by_scores(loaded, scores, labelled, rate=cloud_rate, epsilon=epsilon)
-    threshold = _with_gate(loaded, threshold, hint, no_hint, model, selection, steps)
+    threshold = msgspec.structs.replace(threshold, hint=gate)
     threshold = _with_reference(loaded, threshold, scores, labelled, model)
     save_calibrated(run, replace(loaded, threshold=threshold))
     if as_json:
@@ -266,7 +274,7 @@ def _with_gate(
 
     if hint == "auto":
         if large is None or selection is None:
-            gate = HintGate(reason="not fitted: that takes labels and the large model's answers")
+            gate = HintGate(reason="not fitted, so none is shown: that takes labels and the large model's answers")
         else:
             from kcm.app.hint import gate_for
 
@@ -276,6 +284,18 @@ def _with_gate(
     else:
         raise ConfigError(f"--hint {hint!r} is unknown", fix="--hint auto, none, candidates or assertion")
     return msgspec.structs.replace(threshold, hint=msgspec.structs.replace(gate, no_hint=no_hint))
+
+
+def _under_gate(run: Run, labelled: Labelled, gate: HintGate, large: LargeModel, steps: Steps) -> Labelled:
+    """The same samples, answered by the large model with the hints that the gate lets through."""
+    from kcm.app.hint import small_hints
+    from kcm.policy import gate_hint
+
+    steps(f"large model: {len(labelled.split)} labelled samples, hints as gated")
+    shown = msgspec.structs.replace(gate, no_hint=0.0)
+    hints = small_hints(labelled.predictions.logits, run.judge.confidence(labelled.predictions))
+    answers = large.logits(labelled.split.texts, [gate_hint(hint, shown, "")[0] for hint in hints])
+    return replace(labelled, large=answers)
 
 
 def _with_reference(

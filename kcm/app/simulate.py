@@ -160,7 +160,8 @@ def table(summary: dict[str, Any]) -> str:
         if "floor" in mean:
             cells.append(_cell(mean["floor"]["curve"][rate]["accuracy"], sd["floor"]["curve"][rate]["accuracy"]))
         lines.append(f"{float(rate):6.0%} {at['realised_rate']:6.1%}  " + " ".join(f"{cell:14}" for cell in cells))
-    lines += ["", f"{'':6} {'':6}  " + " ".join(f"{'KCM − ' + _NAMES.get(name[10:], name[10:]):24}" for name in summary["paired"])]
+    titles = [_title(name) for name in summary["paired"]]
+    lines += ["", f"{'':6} {'':6}  " + " ".join(f"{title:24}" for title in titles)]
     for rate in mean["curve"]:
         cells = [_interval(at.get(rate)) for at in summary["paired"].values()]
         if any(cell != "–" for cell in cells):
@@ -179,7 +180,12 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-_NAMES = {"kcm": "KCM", "max_softmax": "max-softmax", "confidence": "C_x", "largest_logit": "largest logit"}
+def _title(pair: str) -> str:
+    one, other = pair.split("_minus_")
+    return f"{_NAMES.get(one, one)} − {_NAMES.get(other, other)}" + (" as C_x" if one != "kcm" else "")
+
+
+_NAMES = {"kan": "KAN", "mlp": "MLP", "kcm": "KCM", "max_softmax": "max-softmax", "confidence": "C_x", "largest_logit": "largest logit"}
 
 
 def _cell(mean: float, sd: float) -> str:

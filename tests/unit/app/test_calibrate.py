@@ -10,13 +10,14 @@ import cloud_kit
 import msgspec
 import numpy as np
 import pytest
-from tiny_kit import SIZES
+from tiny_kit import SIZES, sentences
 from typer.testing import CliRunner
 
+from cloud_server.compact import compact
 from kcm.app.calibrate import parse_drop
 from kcm.app.cli import build
-from kcm.app.models import LargeInProcess
-from kcm.errors import ConfigError, DataError
+from kcm.app.models import LargeInProcess, load_small_kind
+from kcm.errors import ConfigError, DataError, StoreError
 from kcm.task import load_task
 from training.calibrate import distinct, divide, for_rate, reference
 from training.data import Split, load_split
@@ -142,3 +143,50 @@ def test_the_reference_counts_agreement_on_both_sides_of_epsilon() -> None:
     assert (found.escalated, found.agreement_escalated, found.local, found.agreement_local) == (2, 0.5, 2, 1.0)
     assert found.cloud_rate == pytest.approx(51 / 101) and found.quantiles[9] == pytest.approx(0.5)
     assert for_rate(score, 0.5).epsilon == pytest.approx(0.5, abs=0.01)
+
+
+def test_truths_that_applications_told_choose_the_head(run: Path, tmp_path: Path) -> None:
+    """Feedback on escalated and explored samples, out of a real store; without a file of labels, and without the large model."""
+    loaded = load_run(run)
+    task = loaded.task
+    rng = np.random.default_rng(0)
+    told = [(text, label) for text, label in sentences(600, seed=77) if text not in set(loaded.texts)]
+    rows, labels = [], {}
+    for place, (text, label) in enumerate(told):
+        truth = task.labels.index(label)
+        answer = truth if rng.random() < 0.9 else int(rng.integers(len(task.labels)))
+        logits = np.where(np.arange(len(task.labels)) == answer, 5, 0).astype(np.float32)
+        explored = place % 2 == 0
+        about = {"task_id": task.id, "label_space": task.label_space, "answer_logits": logits, "small_logits": None}
+        rows.append(cloud_kit.row(str(place), text=text, p_escalate=0.1 if explored else 1.0, **about))
+        labels[str(place)] = truth
+    cloud_kit.put(tmp_path / "store", *rows)
+    cloud_kit.tell(tmp_path / "store", labels, label_space=task.label_space)
+    compact(tmp_path / "store")
+    said = calibrate(run, "--cloud-rate", 0.3, "--store", tmp_path / "store")
+    head = said["head"]
+    assert head["samples"] == len(told) and set(head["evidence"]) == {"confidence", "max-softmax", "correctness", "benefit"}  # type: ignore[index,arg-type]
+    again = load_run(run)
+    assert again.threshold.head.head == head["head"]  # type: ignore[index]
+    with pytest.raises(StoreError, match="holds no truth"):
+        calibrate(run, "--cloud-rate", 0.3, "--store", tmp_path / "nothing")
+
+
+def test_a_promise_is_of_the_answers_under_the_gate(run: Path, tiny_task: Path, tmp_path: Path) -> None:
+    """A large model that reads hints is asked with the hints that the gate lets through: the curve's end is its accuracy with them."""
+    from cloud_server.models import load_large
+    from kcm.app.hint import small_hints
+
+    task = load_task(tiny_task)
+    spec = msgspec.structs.replace(task.large, model=str(cloud_kit.tiny_bert(tmp_path / "bert")), hint_dropout=0.3)
+    LargeInProcess(msgspec.structs.replace(task, large=spec), tmp_path / "large", load_split(task, "large_train"), lambda _: None)
+    said = calibrate(run, "--accuracy", 0.3, "--large", tmp_path / "large", "--head", "confidence", "--hint", "candidates")
+    loaded, large = load_run(run), load_large(tmp_path / "large")
+    split = distinct(load_split(loaded.task, "calibration"))
+    kind = load_small_kind(loaded.task, lambda _: None)
+    predictions = kind.predict(loaded.small, kind.featurise(split.texts))
+    hints = small_hints(predictions.logits, loaded.judge.confidence(predictions))
+    with_hints = large.logits(split.texts, hints).argmax(1) == split.y
+    without = large.logits(split.texts, [None] * len(split)).argmax(1) == split.y
+    assert (with_hints != without).any(), "a model that doesn't listen would make this test empty"
+    assert said["curve"]["1.0"]["accuracy"] == pytest.approx(with_hints.mean())  # type: ignore[index]
