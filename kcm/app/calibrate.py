@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,46 +19,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from cloud_server.models import LargeModel
-    from kcm.calibration import HintGate, Threshold
-    from training.data import Split
+    from kcm.app.samples import Labelled
+    from kcm.calibration import Threshold
     from training.guarantee import Promise
-    from training.judge import Predictions
     from training.run import Run
-    from training.select import Selection
-    from training.small import Small
 
 _CURVE = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 _UNITS = {"pt": 0.01, "points": 0.01, "%": 0.01, "": 1.0}
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """Labelled samples [N] that nothing was fitted on, with what the small model computes of them and the large one's logits [N, C]."""
-
-    split: Split
-    predictions: Predictions
-    large: NDArray[np.float32]
-
-    @property
-    def small_right(self) -> NDArray[np.bool_]:
-        right: NDArray[np.bool_] = self.predictions.logits.argmax(1) == self.split.y
-        return right
-
-    @property
-    def large_right(self) -> NDArray[np.bool_]:
-        right: NDArray[np.bool_] = self.large.argmax(1) == self.split.y
-        return right
-
-    @property
-    def agree(self) -> NDArray[np.bool_]:
-        same: NDArray[np.bool_] = self.predictions.logits.argmax(1) == self.large.argmax(1)
-        return same
-
-    @property
-    def selection(self) -> Selection:
-        from training.select import Selection
-
-        return Selection(self.predictions, self.large, self.split.y)
 
 
 def calibrate(
@@ -109,6 +76,7 @@ def calibrate(
     """
     from cloud_server.models import load_large
     from kcm.app.models import load_small_kind, one_thread
+    from kcm.app.samples import labelled_samples, under_gate, unlabelled_scores, with_truths
     from training.run import load_run, save_calibrated
     from training.select import choose
 
@@ -123,7 +91,7 @@ def calibrate(
         raise ConfigError("accuracy is weighed against the large model's answers", fix="--large FOLDER (kcm train-large makes one)")
     model = load_large(large) if large else None
     divided = head not in ("confidence", "max-softmax") or hint == "auto"
-    selection, labelled = _labelled(loaded, kind, model, steps, divided=divided)
+    selection, labelled = labelled_samples(loaded, kind, model, steps, divided=divided)
     samples = selection.selection if selection else None
     if store is not None:
         samples = with_truths(loaded, kind, store, samples, model.teacher_id if model else "", steps)
@@ -140,7 +108,7 @@ def calibrate(
     gate = _with_gate(loaded, threshold, hint, no_hint, model, selection, steps).hint
     if labelled is not None and model is not None and model.reads_hints and gate.arm != "none":
         # What is promised is of the answers that devices will get: under this gate's hints.
-        labelled = _under_gate(loaded, labelled, gate, model, steps)
+        labelled = under_gate(loaded, labelled, gate, model, steps)
         threshold, promise = decide(labelled)
     if threshold.method in ("guarantee", "accuracy") and labelled is not None:
         source = f"{len(labelled.split)} labelled calibration samples"
@@ -169,63 +137,6 @@ def parse_drop(text: str) -> float:
     if not 0.0 < value < 1.0:
         raise ConfigError(f"--max-accuracy-drop {text!r} is no drop in accuracy", fix="--max-accuracy-drop 0.5pt   (or 0.005)")
     return value
-
-
-def _labelled(run: Run, kind: Small, large: LargeModel | None, steps: Steps, *, divided: bool) -> tuple[Labelled | None, Labelled | None]:
-    """(selection, calibration) samples with both models' outputs; None where there is no large model to ask.
-
-    Raises:
-        DataError: a large model was given, and the task names no calibration file.
-    """
-    from training.calibrate import distinct, divide
-    from training.data import load_split
-
-    data = run.task.data
-    if large is None:
-        return None, None
-    whole = distinct(load_split(run.task, "calibration"))
-    first, rest = None, whole
-    if data.selection:
-        first = distinct(load_split(run.task, "selection"))
-        shared = set(first.texts)
-        rest = whole.take([i for i, text in enumerate(whole.texts) if text not in shared])
-    elif divided:
-        first, rest = divide(whole)
-    parts: list[Labelled | None] = []
-    for split in (first, rest):
-        if split is None or len(split) == 0:
-            parts.append(None)
-            continue
-        steps(f"large model: {len(split)} labelled samples")
-        answers = large.logits(split.texts, [None] * len(split))
-        parts.append(Labelled(split, kind.predict(run.small, kind.featurise(split.texts)), answers))
-    return parts[0], parts[1]
-
-
-def with_truths(run: Run, kind: Small, store: Path, samples: Selection | None, teacher_id: str, steps: Steps) -> Selection:
-    """The selection samples [N], with the store's truths about texts that nothing was fitted on behind them.
-
-    Each part counts as many samples as it is worth: the truths' weights are scaled to their effective number.
-    """
-    import numpy as np
-
-    from training.reserve import reserved
-    from training.select import Selection
-    from training.truths import read_truths
-
-    seen = set(run.texts)
-    told = read_truths(store, run.task, lambda text: text not in seen and (run.info.round == 0 or reserved(text)), teacher_id)
-    steps(f"{len(told.texts)} truths of the store, worth {told.effective_n:.0f} equal samples")
-    weights = told.weights * np.float32(told.effective_n / told.weights.sum())
-    predictions = kind.predict(run.small, kind.featurise(told.texts))
-    if samples is None:
-        return Selection(predictions, told.large, told.labels, weights)
-    return Selection(
-        type(predictions).concatenate([samples.predictions, predictions]),
-        np.concatenate([samples.large, told.large]),
-        np.concatenate([samples.labels, told.labels]),
-        np.concatenate([np.ones(len(samples), np.float32), weights]),
-    )
 
 
 def _by_labels(
@@ -284,18 +195,6 @@ def _with_gate(
     else:
         raise ConfigError(f"--hint {hint!r} is unknown", fix="--hint auto, none, candidates or assertion")
     return msgspec.structs.replace(threshold, hint=msgspec.structs.replace(gate, no_hint=no_hint))
-
-
-def _under_gate(run: Run, labelled: Labelled, gate: HintGate, large: LargeModel, steps: Steps) -> Labelled:
-    """The same samples, answered by the large model with the hints that the gate lets through."""
-    from kcm.app.hint import small_hints
-    from kcm.policy import gate_hint
-
-    steps(f"large model: {len(labelled.split)} labelled samples, hints as gated")
-    shown = msgspec.structs.replace(gate, no_hint=0.0)
-    hints = small_hints(labelled.predictions.logits, run.judge.confidence(labelled.predictions))
-    answers = large.logits(labelled.split.texts, [gate_hint(hint, shown, "")[0] for hint in hints])
-    return replace(labelled, large=answers)
 
 
 def _with_reference(
@@ -363,32 +262,3 @@ def _table(curve: dict[str, dict[str, Any]], promise: Promise | None) -> str:
         last = f"{calls:.0%} calls, drop {100 * drop:+.2f} points, p = {p:.3f}"
         lines.append(f"tested {len(promise.tested)} thresholds from the safe end, {kept} hold; the last: {last}")
     return "\n".join(lines)
-
-
-def unlabelled_scores(run: Run, kind: Small) -> tuple[NDArray[np.float32], str]:
-    """Routing scores [N] of what a call rate is read off, and what that is: fresh texts of the stream, else out of fold."""
-    texts = fresh_texts(run)
-    if texts:
-        return run.score(kind.predict(run.small, kind.featurise(texts))), f"{len(texts)} fresh samples of the stream"
-    return run.score(run.out_of_fold), f"{len(run.texts)} out-of-fold predictions"
-
-
-def fresh_texts(run: Run) -> list[str]:
-    """Texts of the task's stream that are like its traffic and that no run was fitted on; empty where the task names no stream.
-
-    Round 0 learnt from none of it. A later round learnt from what escalated, which leaves easy texts behind: there only the
-    reserved tenth is still like the traffic.
-    """
-    from training.data import load_split
-    from training.reserve import reserved
-
-    if not run.task.data.stream:
-        return []
-    seen = set(run.texts)
-    return [text for text in load_split(run.task, "stream").texts if text not in seen and (run.info.round == 0 or reserved(text))]
-
-
-def scores(run: Run, kind: Small, texts: list[str]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Routing scores [N] and the small model's answers [N] for texts that it wasn't fitted on."""
-    predictions = kind.predict(run.small, kind.featurise(texts))
-    return run.score(predictions), predictions.logits.argmax(1)

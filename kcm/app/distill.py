@@ -113,7 +113,7 @@ def recalibrated(new: Run, previous: Run, kind: Small) -> Run:
     """The new run with ε chosen as the previous one's was, where that needs no labels; else at the previous ε, to be calibrated."""
     from dataclasses import replace
 
-    from kcm.app.calibrate import unlabelled_scores
+    from kcm.app.samples import unlabelled_scores
     from training.calibrate import fixed, for_rate
 
     scores, _ = unlabelled_scores(new, kind)

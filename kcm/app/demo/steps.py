@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kcm.app.calibrate import scores
 from kcm.app.demo.display import watching
 from kcm.app.demo.processes import running
 from kcm.app.demo.traffic import Pass, stream, wait_for_bundle
@@ -16,6 +15,7 @@ from kcm.app.distill import held_back_texts
 from kcm.app.export import export_run
 from kcm.app.models import LargeInProcess, load_small_kind
 from kcm.app.progress import Steps
+from kcm.app.samples import scores
 from kcm.errors import UnavailableError
 from kcm.sample import Route
 from kcm.task import Task

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cloud_server.models import LargeModel, load_large
-from kcm.app.calibrate import fresh_texts
 from kcm.app.progress import Steps
+from kcm.app.samples import fresh_texts
 from kcm.errors import ConfigError, MissingExtraError
 from kcm.policy import gate_hint
 from kcm.preprocess import load_preprocessor

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tiny_kit import sentences
 
-from kcm.app.calibrate import fresh_texts
+from kcm.app.samples import fresh_texts
 from kcm.policy import epsilon_for_rate
 from kcm.task import load_task
 from training.data import load_split
