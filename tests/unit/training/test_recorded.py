@@ -77,7 +77,8 @@ def test_on_another_file_the_judge_is_as_good_and_shared_prompts_are_told() -> N
     said: list[str] = []
     train, test = recorded(), recorded(120, seed=5, least=200)
     found = measure(test, [held_out(train, test, answers=True, progress=said.append)])
-    assert found["ours"]["apgr_exact"] > 0.85 and not any("warning" in line for line in said)
+    assert found["ours"]["apgr_exact"] > found["ridge_answer"]["apgr_exact"] + 0.1
+    assert found["ours"]["apgr_exact"] > 0.75 and not any("warning" in line for line in said)
     held_out(train, train, answers=True, progress=said.append)
     assert any("are in the training file too" in line for line in said)
 
