@@ -23,7 +23,7 @@ Bool = NDArray[np.bool_]
 
 METHOD = "learn-then-test, fixed sequence, exact paired non-inferiority test"
 STEPS = 100  # thresholds of the sequence
-_NUISANCE = 0.001  # part of δ that the confidence region of the share of gains costs
+_NUISANCE = 0.02  # part of δ that the confidence region of the share of gains costs
 _REGION = 41  # points of that region
 
 
@@ -77,7 +77,7 @@ def promise(score: Float, small_right: Bool, large_right: Bool, thresholds: list
     tested: list[tuple[float, float, float, float]] = []
     for epsilon in thresholds:
         losses, gains = counts(score, small_right, large_right, epsilon)
-        p = p_value(losses, gains, n, max_drop)
+        p = p_value(losses, gains, n, max_drop, delta)
         tested.append((epsilon, float((score <= epsilon).mean()), (losses - gains) / n, p))
         if p > delta:
             break
@@ -95,7 +95,7 @@ def promise(score: Float, small_right: Bool, large_right: Bool, thresholds: list
 def samples_needed(max_drop: float, confidence: float) -> int:
     """The fewest samples that can support the promise at all: those of a sample without one loss."""
     n = max(1, int(np.log(1 - confidence) / np.log1p(-max_drop)))
-    while p_value(0, 0, n, max_drop) > 1 - confidence:
+    while p_value(0, 0, n, max_drop, 1 - confidence) > 1 - confidence:
         n += 1
     return n
 
@@ -107,20 +107,21 @@ def counts(score: Float, small_right: Bool, large_right: Bool, epsilon: float) -
 
 
 @lru_cache(4096)
-def p_value(losses: int, gains: int, n: int, max_drop: float) -> float:
-    """Of "the mean loss is above max_drop", from counts among n samples."""
+def p_value(losses: int, gains: int, n: int, max_drop: float, delta: float = 0.05) -> float:
+    """Of "the mean loss is above max_drop", from counts among n samples; made to be compared with delta."""
     from scipy.stats import beta, binom
 
-    # The share of gains lies in here but for _NUISANCE of all data (Clopper–Pearson).
-    low = float(beta.ppf(_NUISANCE / 2, gains, n - gains + 1)) if gains else 0.0
-    high = float(beta.ppf(1 - _NUISANCE / 2, gains + 1, n - gains)) if gains < n else 1.0
+    # The share of gains lies in here but for `missed` of all data (Clopper–Pearson).
+    missed = _NUISANCE * delta
+    low = float(beta.ppf(missed / 2, gains, n - gains + 1)) if gains else 0.0
+    high = float(beta.ppf(1 - missed / 2, gains + 1, n - gains)) if gains < n else 1.0
     limit = (1 - max_drop) / 2
     shares = np.linspace(min(low, limit), min(high, limit), _REGION)[:, None]
     # As extreme or more: for each number of gains up to a most number of losses.
     g = np.arange(n + 1)
     most = _most_losses(_score(np.array([losses]), np.array([gains]), n, max_drop)[0], g, n, max_drop)
     tail = binom.pmf(g, n, shares) * binom.cdf(most, n - g, (shares + max_drop) / (1 - shares))
-    return min(1.0, float(tail.sum(1).max()) + _NUISANCE)
+    return min(1.0, float(tail.sum(1).max()) + missed)
 
 
 def _score(losses: NDArray[np.int64], gains: NDArray[np.int64], n: int, drop: float) -> NDArray[np.float64]:
@@ -145,9 +146,9 @@ def upper_bound(losses: int, gains: int, n: int, delta: float) -> float:
     """The smallest drop that the test rejects at level δ, to 1e-5: an upper confidence bound of the mean loss."""
     low, high = (losses - gains) / n, 1.0
     low = max(low, 1e-6)
-    if p_value(losses, gains, n, low) <= delta:
+    if p_value(losses, gains, n, low, delta) <= delta:
         return low
     while high - low > 1e-5:
         middle = (low + high) / 2
-        low, high = (low, middle) if p_value(losses, gains, n, middle) <= delta else (middle, high)
+        low, high = (low, middle) if p_value(losses, gains, n, middle, delta) <= delta else (middle, high)
     return high
