@@ -221,5 +221,5 @@ def _routed(score: Float32, selection: Selection) -> NDArray[np.float64]:
 
 def _unselected(head: str) -> HeadChoice:
     if head == "auto":
-        return HeadChoice(reason="no labelled samples to choose by: the judge's confidence routes")
+        return HeadChoice(reason="no labelled samples with the large model's answers (--large) to choose by: the judge's confidence routes")
     return HeadChoice(head="max-softmax" if head == "max-softmax" else "confidence", reason="set by hand")

@@ -74,15 +74,21 @@ def calibrate(
     Try it: kcm calibrate runs/train/1 --cloud-rate 0.3
             kcm calibrate runs/train/1 --max-accuracy-drop 1pt --large large
     """
+    from typing import get_args
+
     from cloud_server.models import load_large
     from kcm.app.models import load_small_kind, one_thread
     from kcm.app.samples import labelled_samples, under_gate, unlabelled_scores, with_truths
+    from kcm.calibration import Arm, HeadName
     from training.run import load_run, save_calibrated
     from training.select import choose
 
     if [cloud_rate, max_drop, accuracy, below_large, epsilon].count(None) != 4:
         raise ConfigError("choose one of --cloud-rate, --max-accuracy-drop, --accuracy, --below-large and --epsilon")
     drop = None if max_drop is None else parse_drop(max_drop)
+    for name, value, known in (("--head", head, get_args(HeadName)), ("--hint", hint, get_args(Arm))):
+        if value not in ("auto", *known):
+            raise ConfigError(f"{name} {value!r} is unknown", fix=f"choose auto, {', '.join(known)}")
     one_thread()
     steps = Steps(quiet=as_json)
     loaded = load_run(run)
@@ -157,7 +163,7 @@ def _by_labels(
         try:
             made = promise(score, small, big, sequence(scores), max_drop=drop, confidence=confidence)
         except DataError as error:
-            if run.threshold.head.samples:
+            if run.threshold.head.samples and not run.task.data.selection:
                 more = "; or --head confidence --hint candidates, which leave the selection samples to the promise"
                 raise DataError(error.message, fix=f"{error.fix}{more}") from None
             raise
@@ -220,7 +226,7 @@ def describe(threshold: Threshold, source: str) -> str:
         lines.append(f"accuracy there {threshold.accuracy:.1%} [{low:.1%}, {high:.1%}]")
     if promised := threshold.guarantee:
         lines.append(
-            f"promised: at most {100 * promised.max_drop:g} points below the large model with {promised.confidence:.0%} confidence "
+            f"promised: at most {100 * promised.max_drop:g} points below the large model with {100 * promised.confidence:g}% confidence "
             f"(upper bound {100 * promised.upper:+.2f} points, effective n {promised.effective_n:.0f}; {promised.method})"
         )
     lines.append(f"head: {threshold.head.head} ({threshold.head.reason})")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 
 from kcm.app.folders import claim
@@ -43,7 +44,8 @@ def distill(
     """One distillation round: labels, the large model's logits from the store, and the judge's confidence make a better run.
 
     A tenth of all texts is never learnt from (call rates are calibrated on it), nor is any text of the test, calibration, selection
-    and gold files. Prints before and after. The new run's ε is calibrated the same way as the old one's, for the same target.
+    and gold files. Prints before and after.
+    The new run's ε keeps the old one's call rate, or its ε; head, hint gate and a promise take `kcm calibrate`.
 
     The gate compares both runs on the task's gold file; without one on the labels of round 0, which is weaker. A run that may be
     worse is kept, but not exported: exit code 6.
@@ -97,6 +99,7 @@ def distill(
     save_run(folder, new)
     if not as_json:
         typer.echo(before_after(previous, new))
+        typer.echo(threshold_change(previous, new))
     if not verdict["passed"]:
         _refuse(folder, run, verdict, gated=gated)
     if bundle:
@@ -114,16 +117,31 @@ def recalibrated(new: Run, previous: Run, kind: Small) -> Run:
     from dataclasses import replace
 
     from kcm.app.samples import unlabelled_scores
-    from training.calibrate import fixed, for_rate
+    from training.calibrate import fixed, for_rate, reference
 
     scores, _ = unlabelled_scores(new, kind)
     old = previous.threshold
     if old.method == "cloud-rate" and old.target is not None:
-        return replace(new, threshold=for_rate(scores, old.target))
-    if old.head.head != "confidence" and old.cloud_rate is not None:
+        threshold = for_rate(scores, old.target)
+    elif old.head.head != "confidence" and old.cloud_rate is not None:
         # The new run routes by confidence until it is calibrated: an ε on another score would say nothing. The calls do.
-        return replace(new, threshold=for_rate(scores, old.cloud_rate))
-    return replace(new, threshold=fixed(scores, old.epsilon))
+        threshold = for_rate(scores, old.cloud_rate)
+    else:
+        threshold = fixed(scores, old.epsilon)
+    return replace(new, threshold=msgspec.structs.replace(threshold, reference=reference(scores, threshold.epsilon)))
+
+
+def threshold_change(previous: Run, new: Run) -> str:
+    """ε before and after, and what of the old calibration the new run doesn't have."""
+    old, now = previous.threshold, new.threshold
+    rate = "" if now.cloud_rate is None else f", {now.cloud_rate:.1%} cloud calls"
+    line = f"ε {old.epsilon:.4f} → {now.epsilon:.4f} by {now.method}{rate}"
+    lost = [f"head {old.head.head}"] if old.head.head != now.head.head else []
+    lost += ["the promise on accuracy"] if old.guarantee else []
+    lost += [f"hint gate {old.hint.arm}"] if old.hint.arm != now.hint.arm else []
+    if not lost:
+        return line
+    return f"{line}; not carried over: {', '.join(lost)}: kcm calibrate the new run as the old one was, then export it"
 
 
 def before_after(previous: Run, new: Run) -> str:
@@ -160,13 +178,14 @@ def _refuse(folder: Path, run: Path, verdict: dict[str, Any], *, gated: bool) ->
         return
     raise VerifyError(
         f"{said}; the run is kept, no bundle was written",
-        fix="more gold or teacher rows, a higher gate_tolerance under [distill], or --no-gate to publish it all the same",
+        fix=f"more gold or teacher rows, or a higher gate_tolerance under [distill]; --no-gate, or kcm export {folder}, publishes it all the same",
     )
 
 
 def _figures(verdict: dict[str, Any]) -> str:
-    names = verdict["failed"] or verdict["figures"]
-    return "; ".join(f"{name} {_difference(verdict['figures'][name])}" for name in names)
+    failed = verdict["failed"]
+    said = (f"{name} {_difference(figures)}{' (fails)' if name in failed else ''}" for name, figures in verdict["figures"].items())
+    return "; ".join(said)
 
 
 def _difference(figures: dict[str, Any]) -> str:

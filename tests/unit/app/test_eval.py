@@ -13,15 +13,18 @@ import sys
 import uuid
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from tiny_kit import LABELS, sentences, write_csv, write_tiny_task
 
 from kcm.app.cli import main
+from kcm.calibration import HintGate
 from training.calibrate import for_rate
 from training.run import Run, load_run, save_calibrated
 
@@ -168,6 +171,8 @@ def test_the_message_is_the_one_that_the_edge_sends(tiny_run: Run, bundle_dir: P
     texts = ["parcel and espresso again", "this is a problem", "café, 東京 and currency " * 20]
     kind = Ngrams(tiny_run.task, None)
     predictions = kind.predict(tiny_run.small, kind.featurise(texts))
+    shown = HintGate(arm="candidates")
+    tiny_run = replace(tiny_run, threshold=msgspec.structs.replace(tiny_run.threshold, hint=shown))
     runtime = EdgeRuntime.load(bundle_dir)
     samples = [Sample(payload=text, sample_id=str(uuid.UUID(int=row)), route=Route.CLOUD) for row, text in enumerate(texts)]
     sent = [
@@ -176,7 +181,7 @@ def test_the_message_is_the_one_that_the_edge_sends(tiny_run: Run, bundle_dir: P
             runtime,
             purpose=Purpose.LIVE,
             p_escalate=1.0,
-            hint=gate_hint(decision.hint, runtime.calibration.hint, decision.answer.sample_id),
+            hint=gate_hint(decision.hint, shown, decision.answer.sample_id),
         )
         for decision in runtime.decide(samples)
     ]

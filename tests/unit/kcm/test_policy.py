@@ -75,7 +75,7 @@ def test_the_gate_withholds_asserts_or_shows_all() -> None:
 
 
 def test_a_no_hint_arm_is_a_fixed_share_of_ids_and_stable_under_retry() -> None:
-    gate = HintGate(no_hint=0.1)
+    gate = HintGate(arm="candidates", no_hint=0.1)
     ids = [f"s{i}" for i in range(20_000)]
     shown = [gate_hint(_hint(), gate, sample_id) for sample_id in ids]
     assert {p for _, p in shown} == {0.9}
