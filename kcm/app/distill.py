@@ -178,7 +178,8 @@ def _refuse(folder: Path, run: Path, verdict: dict[str, Any], *, gated: bool) ->
         return
     raise VerifyError(
         f"{said}; the run is kept, no bundle was written",
-        fix=f"more gold or teacher rows, or a higher gate_tolerance under [distill]; --no-gate, or kcm export {folder}, publishes it all the same",
+        fix="more gold or teacher rows, or a higher gate_tolerance under [distill]; "
+        f"--no-gate, or kcm export {folder}, publishes it all the same",
     )
 
 
