@@ -21,16 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kcm.task import JudgeSpec
-from training.judge import FEATURES, Predictions, build_layers, features, normalise_by
-from training.kan import KanLayer, sparsity
+from training.judge import FEATURES, SMOOTH, Predictions, build_layers, features, minimise, normalise_by, roughness, sparse
 
 Float32 = NDArray[np.float32]
 Bool = NDArray[np.bool_]
 Kind = Literal["correctness", "benefit"]
 
 _L2 = {"kan": 30.0, "mlp": 10.0}  # these three: chosen on CLINC150, R52 and 20 Newsgroups, label draws 0 and 1
-_SMOOTH, _CLASS_L2 = 100.0, 1.0
-_ITERATIONS = 100
+_CLASS_L2 = 1.0
 EDGE = 1e-4  # probabilities of the prior are kept this far from 0 and 1
 
 
@@ -109,22 +107,13 @@ def fit_outcome_head(
     base, wanted = head.prior(logits), torch.from_numpy((outcomes * weights[:, None]).astype(np.float32))
     # Biases go free: what every sample shares is no detail to be held back.
     parameters = [p for p in head.layers.parameters() if p.dim() > 1]
-    curves = [layer.spline for layer in head.layers if isinstance(layer, KanLayer)]
-    everything = [*head.layers.parameters(), head.classes]
-    solver = torch.optim.LBFGS(everything, max_iter=_ITERATIONS, history_size=10, line_search_fn="strong_wolfe", tolerance_change=1e-7)
 
-    def closure() -> Tensor:
-        solver.zero_grad()
-        loss = -(wanted * torch.log_softmax(base + head.added(logits, inputs), 1)).sum()
-        loss = loss + _L2[spec.kind] / 2 * sum(p.square().sum() for p in parameters) + _CLASS_L2 / 2 * head.classes.square().sum()
-        loss = (loss + _SMOOTH / 2 * sum(c.diff(n=2, dim=-1).square().sum() for c in curves)) / float(weights.sum())
-        if spec.l1 or spec.entropy:
-            size, spread = sparsity(head.layers, inputs)
-            loss = loss + spec.l1 * size + spec.entropy * spread
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
+    def loss() -> Tensor:
+        misfit = -(wanted * torch.log_softmax(base + head.added(logits, inputs), 1)).sum()
+        held = _L2[spec.kind] / 2 * sum(p.square().sum() for p in parameters) + _CLASS_L2 / 2 * head.classes.square().sum()
+        return (misfit + held + SMOOTH / 2 * roughness(head.layers)) / float(weights.sum()) + sparse(spec, head.layers, inputs)
 
-    solver.step(closure)  # type: ignore[no-untyped-call]
+    minimise([*head.layers.parameters(), head.classes], loss)
     return head
 
 

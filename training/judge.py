@@ -10,6 +10,7 @@ Source: arXiv 2510.20278 (C_x = the largest entry of softmax(F_j(x))); the ranks
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +27,7 @@ LOWEST = -12.0  # floor of a log-probability: below it ranks say nothing, and fp
 REST = 1e-5  # floor of the mass that no rank holds: it is 1 − Σ, which fp32 knows to about 1e-7
 FEATURES = ("entropy", "margin", "ln(1 + length)", "unknown words", "largest logit")  # behind the ranks
 _L2 = 10.0  # of the whole problem; with the next it keeps the additions small until samples ask for them
-_SMOOTH = 100.0  # on second differences of a curve's coefficients along the grid
+SMOOTH = 100.0  # on second differences of a curve's coefficients along the grid
 _ITERATIONS = 100
 
 
@@ -143,23 +144,41 @@ def fit_judge(spec: JudgeSpec, out_of_fold: Predictions, targets: Float32, seed:
     base = prior(torch.from_numpy(out_of_fold.logits), judge.temperature, judge.ranks)
     wanted = torch.from_numpy(rank_targets(out_of_fold.logits, hard, judge.ranks))
     parameters = list(judge.parameters())
-    curves = [layer.spline for layer in judge.layers if isinstance(layer, KanLayer)]
+
+    def loss() -> Tensor:
+        misfit = -(wanted * torch.log_softmax(base + judge.layers(inputs), 1)).sum()
+        total = misfit + _L2 / 2 * sum(p.square().sum() for p in parameters) + SMOOTH / 2 * roughness(judge.layers)
+        return total / len(wanted) + sparse(spec, judge.layers, inputs)
+
+    minimise(parameters, loss)
+    return judge
+
+
+def minimise(parameters: list[nn.Parameter], loss: Callable[[], Tensor]) -> None:
+    """Set the parameters to where the loss, a mean over samples, is least: L-BFGS with line search, as for any convex head."""
     solver = torch.optim.LBFGS(parameters, max_iter=_ITERATIONS, history_size=10, line_search_fn="strong_wolfe", tolerance_change=1e-7)
 
     def closure() -> Tensor:
         solver.zero_grad()
-        loss = -(wanted * torch.log_softmax(base + judge.layers(inputs), 1)).sum()
-        loss = loss + _L2 / 2 * sum(p.square().sum() for p in parameters)
-        loss = loss + _SMOOTH / 2 * sum(c.diff(n=2, dim=-1).square().sum() for c in curves)
-        loss = loss / len(wanted)
-        if spec.l1 or spec.entropy:
-            size, spread = sparsity(judge.layers, inputs)
-            loss = loss + spec.l1 * size + spec.entropy * spread
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
+        value = loss()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
 
     solver.step(closure)  # type: ignore[no-untyped-call]
-    return judge
+
+
+def roughness(layers: nn.Sequential) -> Tensor:
+    """Σ of squared second differences of every curve's coefficients along the grid; 0 for an MLP."""
+    parts = [layer.spline.diff(n=2, dim=-1).square().sum() for layer in layers if isinstance(layer, KanLayer)]
+    return torch.stack(parts).sum() if parts else torch.zeros(())
+
+
+def sparse(spec: JudgeSpec, layers: nn.Sequential, inputs: Tensor) -> Tensor:
+    """The spec's l1 and entropy terms on inputs [N, in]; 0 where it asks for neither."""
+    if not (spec.l1 or spec.entropy):
+        return torch.zeros(())
+    size, spread = sparsity(layers, inputs)
+    return spec.l1 * size + spec.entropy * spread
 
 
 def normalise_by(layer: nn.Module, x: Tensor) -> None:

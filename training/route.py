@@ -20,8 +20,7 @@ from torch import Tensor
 from kcm.errors import DataError
 from kcm.task import JudgeSpec
 from training.heads import outcomes as outcome_targets
-from training.judge import build_layers, normalise_by
-from training.kan import KanLayer
+from training.judge import SMOOTH, build_layers, minimise, normalise_by, roughness
 from training.outcomes import Outcomes
 from training.reading import read_answer, read_prompt, table
 
@@ -35,8 +34,6 @@ _ALPHA = 30.0  # of the ridge on a view, the floor's own
 _SUBJECT = 20.0  # rows' worth of the overall mean that a subject's mean is drawn to
 _TREES, _LEAF, _TRIED = 100, 8, 0.4  # extremely randomised trees (Geurts et al. 2006)
 _L2 = 10.0
-_SMOOTH = 100.0
-_ITERATIONS = 100
 
 
 @dataclass(frozen=True)
@@ -168,19 +165,12 @@ def _fit(kind: Literal["kan", "mlp"], x: NDArray[np.float32], target: NDArray[np
     normalise_by(layers[0], inputs)
     base = wanted.mean(0).clamp(min=1e-3).log()
     weights = [p for p in layers.parameters() if p.dim() > 1]
-    curves = [layer.spline for layer in layers if isinstance(layer, KanLayer)]
-    solver = torch.optim.LBFGS(
-        list(layers.parameters()), max_iter=_ITERATIONS, history_size=10, line_search_fn="strong_wolfe", tolerance_change=1e-7
-    )
 
-    def closure() -> Tensor:
-        solver.zero_grad()
-        loss = -(wanted * torch.log_softmax(base + layers(inputs), 1)).sum() + _L2 / 2 * sum(p.square().sum() for p in weights)
-        loss = (loss + _SMOOTH / 2 * sum(c.diff(n=2, dim=-1).square().sum() for c in curves)) / len(wanted)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
+    def loss() -> Tensor:
+        misfit = -(wanted * torch.log_softmax(base + layers(inputs), 1)).sum()
+        return (misfit + _L2 / 2 * sum(p.square().sum() for p in weights) + SMOOTH / 2 * roughness(layers)) / len(wanted)
 
-    solver.step(closure)  # type: ignore[no-untyped-call]
+    minimise(list(layers.parameters()), loss)
 
     def score(rows: NDArray[np.float32]) -> Float:
         with torch.inference_mode():

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from kcm.app.cli import main
 from kcm.errors import (
     BundleError,
     ConfigError,
@@ -28,24 +27,6 @@ from kcm.errors import (
 VERBS = sorted(entry.name for entry in entry_points(group="kcm.verbs"))
 HEAVY = ("torch", "onnxruntime", "grpc", "transformers", "onnx", "sklearn", "scipy", "pyarrow", "matplotlib", "numpy", "apsw")
 Kcm = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def kcm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Kcm:
-    """Run the program in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["kcm", *arguments])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def test_help_lists_every_verb(kcm: Kcm) -> None:

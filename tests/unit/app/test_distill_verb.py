@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from cloud_kit import put, real_model, row
 from tiny_kit import LABELS, SIZES, sentences, write_csv, write_tiny_task
 
 from cloud_server.compact import compact
-from kcm.app.cli import main
 from kcm.app.distill import held_back_texts
 from kcm.task import label_space, load_task
 from training.data import load_split
@@ -25,24 +23,6 @@ from training.run import load_run
 Kcm = Callable[..., tuple[int, str, str]]
 STREAM = sentences(SIZES["stream"], seed=2)
 GOLD = sentences(300, seed=60)
-
-
-@pytest.fixture
-def kcm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Kcm:
-    """Run the program in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["kcm", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def written(root: Path, turn: int, rows: list[tuple[str, str]] = STREAM) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,30 +11,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from kcm.app.cli import main
 from training.evaluate import auroc
 from training.judge import FEATURES, fit_judge
 from training.run import Run, load_run, save_run
 
 Kcm = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def kcm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Kcm:
-    """Run the program in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["kcm", *arguments])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def with_judge(run: Run, folder: Path, **changes: object) -> Path:
