@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := train,export,edge,cpu,cloud,dev
+EXTRAS := train,export,edge,cpu,tensorrt-rtx,cloud,dev
 ASSETS ?= minilm r52 20newsgroups
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

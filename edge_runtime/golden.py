@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from kcm.errors import BundleError
 
 if TYPE_CHECKING:
-    from edge_runtime.engine import Engine, Outputs
+    from edge_runtime.engines.protocol import Engine, Outputs
     from kcm.preprocess import Preprocessor
 
 TOLERANCE = 1e-3  # of logits, relative to the largest of them; of C_x and the routing score, absolute
@@ -40,7 +40,7 @@ def check_golden(engine: Engine, preprocessor: Preprocessor, golden: bytes) -> N
         sums = inputs[preprocessor.names[0]].astype(np.int64).sum(axis=1)
         for row in np.flatnonzero(sums != want["input_sums"][start:stop]):
             raise BundleError(f"golden input {start + row} is preprocessed differently here than where the bundle was made")
-        _compare(engine.run(inputs), {name: want[name][start:stop] for name in _NAMES[2:]}, start, tolerance)
+        _compare(engine.infer(inputs), {name: want[name][start:stop] for name in _NAMES[2:]}, start, tolerance)
 
 
 def _compare(got: Outputs, want: dict[str, NDArray[Any]], start: int, tolerance: float) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from edge_runtime.engine import Engine, OrtEngine, Outputs
+from edge_runtime.engines.onnx import OrtBackend
+from edge_runtime.engines.protocol import Backend, Engine, Outputs
 from edge_runtime.golden import check_golden
 from kcm.bundle import Bundle, Manifest, Precision, load_bundle
 from kcm.calibration import Calibration
@@ -50,19 +51,24 @@ class EdgeRuntime:
         self._preprocessor, self._engine = preprocessor, engine
 
     @classmethod
-    def load(cls, path: str | Path, precision: Precision = "fp32") -> EdgeRuntime:
+    def load(cls, path: str | Path, precision: Precision = "fp32", backend: Backend | None = None) -> EdgeRuntime:
         """Read, verify and warm a bundle.
+
+        Args:
+            backend: what runs its graph; default: ONNX Runtime on the CPU.
 
         Raises:
             BundleError: damaged, of another signature, or with golden outputs that this device doesn't reproduce.
+            EngineError: this machine can't run it with that backend.
             MissingExtraError: no ONNX Runtime is installed.
         """
-        return cls.from_bundle(load_bundle(Path(path)), precision)
+        return cls.from_bundle(load_bundle(Path(path)), precision, backend)
 
     @classmethod
-    def from_bundle(cls, bundle: Bundle, precision: Precision = "fp32") -> EdgeRuntime:
+    def from_bundle(cls, bundle: Bundle, precision: Precision = "fp32", backend: Backend | None = None) -> EdgeRuntime:
         """As `load`, from a bundle that was read already."""
-        engine = OrtEngine(bundle.model(precision), bundle.manifest.graph, len(bundle.task.labels))
+        backend = backend or OrtBackend("onnx-cpu")
+        engine = backend.load(bundle.model(precision), bundle.manifest.graph, len(bundle.task.labels))
         preprocessor = load_preprocessor(bundle.task.preprocess, bundle.files)
         if "golden.npz" not in bundle.files:
             raise BundleError(f"{bundle.path} has no golden.npz")
@@ -115,7 +121,7 @@ class EdgeRuntime:
         step = self.manifest.graph.max_batch
         for start in range(0, len(samples), step):
             part = samples[start : start + step]
-            outputs = self._engine.run(self._inputs(part, first + start))
+            outputs = self._engine.infer(self._inputs(part, first + start))
             decisions += self._decide(part, outputs)
         return decisions
 

@@ -52,7 +52,7 @@ def export_bundle(run: Run, out: Path, *, golden_texts: list[str]) -> Manifest:
     return write_manifest(
         out,
         task=run.task,
-        graph=GraphSpec(inputs=tuple(preprocessor.names), candidates=candidates),
+        graph=GraphSpec(inputs=tuple(preprocessor.names), candidates=candidates, max_length=preprocessor.longest),
         version=version("kcm"),
         round_=run.info.round,
         parent=run.info.parent,

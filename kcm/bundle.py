@@ -20,7 +20,7 @@ from kcm.calibration import Calibration
 from kcm.errors import BundleError, ConfigError
 
 MANIFEST = "manifest.json"
-SCHEMA = 2  # 2: the graph has a fifth output, the routing score
+SCHEMA = 3  # 2: the graph has a fifth output, the routing score; 3: the longest row
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Precision = Literal["fp32", "fp16", "int8"]
 
@@ -31,11 +31,15 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class GraphSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The fused graph's signature: inputs by name, and how many hint candidates top_ids [B, k] holds."""
+    """The fused graph's signature: inputs by name, each [B, L], and how many hint candidates top_ids [B, k] holds.
+
+    B is 1..max_batch and L 1..max_length: what an engine that is built for a range of shapes is built for.
+    """
 
     inputs: tuple[str, ...]
     candidates: int
-    max_batch: int = 256
+    max_batch: int = 32
+    max_length: int = 1
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -7,7 +7,8 @@ KcmError (1)
 ├── VerifyError (6)        two forms of one model disagree
 ├── MissingExtraError (7)  an optional dependency isn't installed
 ├── UnavailableError (8)   a peer or a port can't be reached or bound
-└── StoreError (9)         spool or teacher store can't be read or written
+├── StoreError (9)         spool or teacher store can't be read or written
+└── EngineError (10)       no engine, or not the one that was asked for, can run the graph on this machine
 """
 
 from __future__ import annotations
@@ -57,6 +58,10 @@ class UnavailableError(KcmError):
 
 class StoreError(KcmError):
     exit_code = 9
+
+
+class EngineError(KcmError):
+    exit_code = 10
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -23,6 +23,7 @@ Inputs = dict[str, NDArray[Any]]
 _ALONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u2600-\u27bf\U0001f300-\U0001faff"
 _WORD = re.compile(rf"[{_ALONE}]|[^\W_{_ALONE}]+")  # "what's" → what, s: contractions then meet known words
 _CACHED_WORDS = 50_000  # per-word ids kept; about 40 MB at worst, and a device sees far fewer words
+_IDS_PER_WORD = 20  # on the whole of a text at most: English has about 15, only blobs and hashes have more
 _LONGEST_WORD = 40  # characters of a word that become n-grams; the rest of a URL or a blob says little
 WORDS, PAIRS, GRAMS = range(3)  # the three groups of buckets; a group's ids begin at group · buckets
 GROUPS = 3
@@ -34,6 +35,11 @@ class Preprocessor(Protocol):
 
     @property
     def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def longest(self) -> int:
+        """The largest L that `batch` gives."""
+        ...
 
     def batch(self, payloads: Sequence[str | bytes]) -> Inputs:
         """Raises ValueError for a payload of another modality."""
@@ -67,6 +73,7 @@ class NgramPreprocessor:
             raise BundleError(f"[preprocess] buckets {spec.buckets} is not a power of two")
         self._spec, self._mask = spec, spec.buckets - 1
         self._words: dict[str, tuple[int, list[int]]] = {}
+        self.longest = spec.max_words * _IDS_PER_WORD
 
     def batch(self, payloads: Sequence[str | bytes]) -> Inputs:
         rows = [self.encode(as_text(payload)) for payload in payloads]
@@ -92,7 +99,7 @@ class NgramPreprocessor:
             keys.append(PAIRS * buckets + (_mix(last, crc) & mask))
             last = crc
         keys.append(PAIRS * buckets + (_mix(last, _END) & mask))
-        counts = Counter(keys)
+        counts = Counter(keys[: self.longest])
         ids = np.fromiter(counts, np.int32, len(counts))
         if len(counts) == len(keys):
             return ids, np.ones(len(ids), np.float32)
@@ -133,6 +140,7 @@ class TokenizerPreprocessor:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(tokenizer_json)
         except Exception as error:  # the library raises bare Exception
             raise BundleError(f"tokenizer.json can't be read: {error}") from error
+        self.longest = spec.max_tokens
         self._tokenizer.enable_truncation(spec.max_tokens)
         self._tokenizer.enable_padding()
 

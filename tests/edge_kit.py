@@ -28,7 +28,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import kcm.bundle
 import kcm.task
-from edge_runtime.engine import OrtEngine
+from edge_runtime.engines.onnx import OrtEngine
 from kcm.bundle import GraphSpec
 from kcm.calibration import Calibration, HintGate
 from kcm.preprocess import GROUPS, Preprocessor, load_preprocessor
@@ -149,7 +149,7 @@ def make_bundle(
     task = Task(id="tiny", labels=labels, preprocess=preprocess, small=small)
     preprocessor = load_preprocessor(task.preprocess, files)
     table = ngram_table(preprocessor, preprocess.buckets, labels) if ngrams else table_of(len(labels), seed)
-    spec = GraphSpec(inputs=preprocessor.names, candidates=CANDIDATES, max_batch=64)
+    spec = GraphSpec(inputs=preprocessor.names, candidates=CANDIDATES, max_batch=64, max_length=preprocessor.longest)
     model = graph(table, ngrams=ngrams)
     (folder / "models" / "fp32.onnx").write_bytes(model)
     (folder / "task.toml").write_text(_toml(task))
@@ -158,7 +158,7 @@ def make_bundle(
     (folder / "calibration.json").write_bytes(msgspec.json.encode({"fp32": calibration}))
     texts = [*EASY, *HARD, "größer als ß", ""]
     inputs = preprocessor.batch(texts)
-    outputs = OrtEngine(model, spec, len(labels)).run(inputs)
+    outputs = OrtEngine(model, spec, len(labels)).infer(inputs)
     encoded = [text.encode() for text in texts]
     np.savez(
         folder / "golden.npz",

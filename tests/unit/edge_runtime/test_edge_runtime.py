@@ -14,7 +14,8 @@ import pytest
 
 import kcm.bundle
 from edge_runtime import EdgeRuntime
-from edge_runtime.engine import OrtEngine, Outputs
+from edge_runtime.engines.onnx import OrtEngine
+from edge_runtime.engines.protocol import Outputs
 from edge_runtime.runtime import NO_CLOUD, InvalidSample
 from kcm.bundle import GraphSpec
 from kcm.errors import BundleError
@@ -83,10 +84,13 @@ def test_a_model_that_yields_nan_escalates_without_a_hint(runtime: EdgeRuntime) 
     class Nan:
         provider = "test"
 
-        def run(self, inputs: Inputs) -> Outputs:
+        def infer(self, inputs: Inputs) -> Outputs:
             ids = np.array([[0, 1, 2]], np.int64)
             nan = np.full((1, 4), np.nan, np.float32)
             return Outputs(nan, ids, nan[:, :3], nan[:, 0], nan[:, 0])
+
+        def close(self) -> None:
+            pass
 
     broken = EdgeRuntime(
         manifest=runtime.manifest,

@@ -1,46 +1,64 @@
-"""Runs the fused graph. One small protocol, so that a TensorRT engine can stand beside ONNX Runtime."""
+"""ONNX Runtime: on the CPU, with CUDA, or through its TensorRT provider."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from kcm.errors import BundleError, require
+from edge_runtime.engines.protocol import OUTPUTS, Outputs
+from kcm.errors import BundleError, EngineError, MissingExtraError, require
 
 if TYPE_CHECKING:
     from kcm.bundle import GraphSpec
     from kcm.preprocess import Inputs
 
-OUTPUTS = ("logits", "top_ids", "top_probs", "confidence", "score")
 # Names a folder that can't exist, so that tensors outside the model's bytes never load: from bytes alone,
 # ONNX Runtime looks for them in the working directory.
 _NO_FOLDER = "/dev/null/external-data-is-refused"
+_CPU = "CPUExecutionProvider"
 
 
-class Outputs(NamedTuple):
-    """What the graph says of a batch of B samples over C labels, with k candidates."""
+class OrtBackend:
+    """ONNX Runtime with one execution provider. Needs nothing built before: it can serve at once."""
 
-    logits: NDArray[np.float32]  # [B, C]
-    top_ids: NDArray[np.int64]  # [B, k], best first
-    top_probs: NDArray[np.float32]  # [B, k]
-    confidence: NDArray[np.float32]  # [B]: C_x
-    score: NDArray[np.float32]  # [B]: the routing score, above ε stays local; C_x unless calibration chose another head
+    def __init__(self, name: str, provider: str = _CPU, options: dict[str, str] | None = None) -> None:
+        """
+        Args:
+            options: the provider's own.
+        """
+        self.name, self._provider, self._options = name, provider, options or {}
 
+    def probe(self) -> str:
+        try:
+            available = require("onnxruntime", "cpu").get_available_providers()
+        except MissingExtraError as error:
+            return str(error).replace("\n  fix", "; fix")
+        if self._provider not in available:
+            return f"this onnxruntime has no {self._provider}: pip install 'kcm[gpu]' instead of 'kcm[cpu]', never both"
+        if self._provider != _CPU:
+            from edge_runtime.engines.cuda import why_no_device
 
-class Engine(Protocol):
-    """A loaded graph. `provider` is what really runs it, as the runtime reports."""
+            return why_no_device()
+        return ""
 
-    provider: str
+    def ready(self, model: bytes, graph: GraphSpec) -> bool:
+        return True
 
-    def run(self, inputs: Inputs) -> Outputs: ...
+    def prepare(self, model: bytes, graph: GraphSpec) -> None:
+        """Nothing to do."""
+
+    def load(self, model: bytes, graph: GraphSpec, classes: int) -> OrtEngine:
+        providers: list[Any] = [(self._provider, self._options)]
+        engine = OrtEngine(model, graph, classes, providers if self._provider == _CPU else [*providers, _CPU])
+        if engine.provider != self._provider:
+            # ONNX Runtime falls back without an error.
+            raise EngineError(f"{self.name}: asked ONNX Runtime for {self._provider}, it runs {engine.provider}")
+        return engine
 
 
 class OrtEngine:
-    """ONNX Runtime on the CPU with one thread, called inline: an executor costs ten times a tiny model's own run."""
+    """A session with one thread, called inline: an executor costs ten times a tiny model's own run."""
 
-    def __init__(self, model: bytes, graph: GraphSpec, classes: int) -> None:
+    def __init__(self, model: bytes, graph: GraphSpec, classes: int, providers: list[Any] | None = None) -> None:
         """Build the session from verified bytes.
 
         Args:
@@ -58,14 +76,17 @@ class OrtEngine:
         options.enable_cpu_mem_arena = False  # an arena keeps the largest batch's memory for ever
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", _NO_FOLDER)
         try:
-            self._session: Any = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            self._session: Any = ort.InferenceSession(model, options, providers=providers or [_CPU])
         except Exception as error:  # the runtime has a dozen exception types without a common base
             raise BundleError(f"the model can't be loaded: {error}") from error
         self.provider: str = self._session.get_providers()[0]
         self._check_signature(graph, classes)
 
-    def run(self, inputs: Inputs) -> Outputs:
+    def infer(self, inputs: Inputs) -> Outputs:
         return Outputs(*self._session.run(OUTPUTS, inputs))
+
+    def close(self) -> None:
+        self._session = None
 
     def _check_signature(self, graph: GraphSpec, classes: int) -> None:
         inputs = tuple(node.name for node in self._session.get_inputs())
