@@ -32,6 +32,15 @@ def edge(
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="TOML file with an [edge] table.")] = None,
     bundle: Annotated[str | None, typer.Option(metavar="DIR", help="Serve this one bundle folder.")] = None,
     store: Annotated[str | None, typer.Option(metavar="ROOT", help="Serve the current bundle of a store; swaps under traffic.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="In order of preference, with commas: auto, tensorrt, tensorrt-rtx, onnx-cuda, onnx-tensorrt, onnx-cpu. "
+            "What can't run here is skipped; kcm doctor says why.",
+        ),
+    ] = None,
+    precision: Annotated[str | None, typer.Option(metavar="NAME", help="fp32, fp16 or int8, where the bundle has it.")] = None,
     listen: Annotated[
         str | None, typer.Option(metavar="ADDR", help="HOST:PORT (port 0: a free one) or unix:/path. Beyond loopback: needs [edge.tls].")
     ] = None,
@@ -66,6 +75,8 @@ def edge(
     flags: dict[str, Any] = {
         "bundle": bundle,
         "store": store,
+        "engine": engine,
+        "precision": precision,
         "listen": listen,
         "cloud.target": cloud,
         "cloud.deadline_ms": deadline_ms,
@@ -92,13 +103,17 @@ def _dry_run(settings: EdgeConfig, as_json: bool) -> None:
     from edge_runtime.stats import Stats
     from edge_runtime.updater import Updater
 
-    runtime = Updater(settings, Stats()).first()
+    updater = Updater(settings, Stats())
+    runtime = updater.first()
     shown = {
         "listen": settings.listen,
         "bundle_id": runtime.bundle_id,
         "task_id": runtime.manifest.task_id,
         "epsilon": runtime.epsilon,
+        "precision": runtime.precision,
         "engine": runtime.provider,
+        "better": [backend.name for backend in updater.loader.better(runtime)],
+        "skipped": {skip.name: skip.reason for skip in updater.loader.skipped},
         "cloud": settings.cloud.target,
         "state": str(settings.state_path),
     }

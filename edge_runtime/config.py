@@ -43,6 +43,9 @@ class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True):
     store: str = ""  # root of a bundle store: `kcm bundle install` swaps under traffic
     bundle: str = ""  # one fixed bundle folder
     precision: Precision = "fp32"
+    # In order of preference, with commas; "auto": tensorrt, tensorrt-rtx, onnx-cuda, onnx-cpu. What can't run here is skipped,
+    # and the log says why.
+    engine: str = "auto"
     state_dir: str = ""  # spool and identity; default $XDG_STATE_HOME/kcm/edge
     edge_id: str = ""  # default: made once, kept in state_dir; with cloud.tls: the DNS name (SAN) of its certificate
     metrics_listen: str = ""  # HTTP on loopback; empty: none

@@ -8,30 +8,32 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import msgspec
-import numpy as np
 
 from edge_runtime.cloud_client import CloudClient, Failure, Kind, Prediction, Receipt
 from edge_runtime.config import EdgeConfig
 from edge_runtime.drift import Drift
 from edge_runtime.explorer import Explorer
-from edge_runtime.runtime import NO_CLOUD, Decision, EdgeRuntime, InvalidSample, check_samples, degraded, is_finite
+from edge_runtime.messages import cloud_answer, to_predict
+from edge_runtime.runtime import NO_CLOUD, Decision, EdgeRuntime, InvalidSample, check_samples, degraded
 from edge_runtime.spool import Spool, Waiting
 from edge_runtime.stats import Stats
 from edge_runtime.truths import Truth
 from kcm.errors import StoreError
 from kcm.logs import Alarm
 from kcm.policy import explores, gate_hint
-from kcm.sample import Answer, Float32, Hint, Purpose, Route, Sample, Source, payload_to_proto, scores_from_proto, scores_to_proto
+from kcm.sample import Answer, Purpose, Route, Sample, Source, Tensors, scores_from_proto
 from protos.kcm.v1 import cloud_pb2
 
 log = logging.getLogger("kcm.edge.router")
 
 _TURN = 32  # samples per turn of the event loop
 _INLINE_S = 0.002  # an executor costs about 0.1 ms a call
+_TENSORS = "tensors can't be sent to the cloud: give text or an image"
 _MARGIN_S = 0.03  # of the application's deadline: for the spool's commit and the way back
 
 
@@ -52,6 +54,7 @@ class Router:
         self._client, self._spool, self._stats = client, spool, stats
         self._deadline_s = config.cloud.deadline_ms / 1000
         self._alarm = Alarm(log)
+        self._in_thread = 0  # calls that the thread has
         self._pace_s = 0.0  # of one sample on this device, smoothed
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")  # starts with its first use
         # Without a cloud nobody would ever ask for them.
@@ -67,17 +70,43 @@ class Router:
             InvalidSample: another modality, or a sample_id twice; the message names the sample's index.
             TypeError: no sequence of Sample.
         """
+        begun = self.begin(samples, budget_s)
+        return begun if isinstance(begun, list) else await begun
+
+    def begin(self, samples: Sequence[Sample], budget_s: float | None = None) -> list[Answer] | Coroutine[Any, Any, list[Answer]]:
+        """As `infer`: the answers themselves where all stays here and the model is quick, else what has to be awaited for them."""
         started = time.perf_counter()
         check_samples(samples)
         runtime, drift = self.runtime, self.drift  # one bundle for the whole request
+        if len(samples) > _TURN or self._slow(len(samples)):
+            return self._in_turns(runtime, drift, samples, budget_s, started)
+        decisions = runtime.decide(samples)
+        self._pace(time.perf_counter() - started, len(samples))
+        self._note(decisions, runtime, drift)
+        away = [decision for decision in decisions if not decision.local]
+        if away:
+            return self._finish(runtime, drift, decisions, away, budget_s, started)
+        self._stats.answered(Source.LOCAL, time.perf_counter() - started, len(decisions))
+        return [decision.answer for decision in decisions]
+
+    async def _in_turns(
+        self, runtime: EdgeRuntime, drift: Drift, samples: Sequence[Sample], budget_s: float | None, started: float
+    ) -> list[Answer]:
+        """Many samples, or a slow model: small requests go in between."""
         decisions: list[Decision] = []
         for start in range(0, len(samples), _TURN):
             if start:
-                await asyncio.sleep(0)  # small requests go in between
+                await asyncio.sleep(0)
             part = await self._decide(runtime, samples[start : start + _TURN], start)
             self._note(part, runtime, drift)
             decisions += part
         away = [decision for decision in decisions if not decision.local]
+        return await self._finish(runtime, drift, decisions, away, budget_s, started)
+
+    async def _finish(
+        self, runtime: EdgeRuntime, drift: Drift, decisions: list[Decision], away: list[Decision], budget_s: float | None, started: float
+    ) -> list[Answer]:
+        """Ask the cloud for what doesn't stay here."""
         self._stats.answered(Source.LOCAL, time.perf_counter() - started, len(decisions) - len(away))
         if not away:
             return [decision.answer for decision in decisions]
@@ -146,31 +175,50 @@ class Router:
             if decision.sample.route is not Route.AUTO:
                 continue
             answer = decision.answer
-            explored = decision.local and share > 0 and explores(answer.sample_id, share)
+            tensors = isinstance(decision.sample.payload, Tensors)
+            explored = decision.local and share > 0 and not tensors and explores(answer.sample_id, share)
             drift.decided(answer.sample_id, answer.label_id, decision.score, local=decision.local, explored=explored)
             if explored and self._explorer is not None:
-                message = _message(decision, runtime, purpose=Purpose.EXPLORE, p_escalate=share)
+                message = to_predict(decision, runtime, purpose=Purpose.EXPLORE, p_escalate=share)
                 self._explorer.keep(
                     Waiting(sample=message, task_id=runtime.task.id, label_space=runtime.task.label_space, reason="explored")
                 )
 
     async def _decide(self, runtime: EdgeRuntime, samples: Sequence[Sample], first: int) -> list[Decision]:
         """Inline where the model is tiny; on a thread of its own where the event loop would feel it."""
-        if self._pace_s * len(samples) > _INLINE_S:
+        if self._slow(len(samples)):
             loop = asyncio.get_running_loop()
-            began, decisions = await loop.run_in_executor(self._thread, lambda: (time.perf_counter(), runtime.decide(samples, first)))
+            self._in_thread += 1
+            try:
+                began, decisions = await loop.run_in_executor(self._thread, lambda: (time.perf_counter(), runtime.decide(samples, first)))
+            finally:
+                self._in_thread -= 1
         else:
             began = time.perf_counter()
             decisions = runtime.decide(samples, first)
-        self._pace_s += 0.1 * ((time.perf_counter() - began) / len(samples) - self._pace_s)
+        self._pace(time.perf_counter() - began, len(samples))
         return decisions
 
+    def _slow(self, samples: int) -> bool:
+        """The event loop would feel it: the model takes long, or its thread has it."""
+        return self._in_thread > 0 or self._pace_s * samples > _INLINE_S
+
+    def _pace(self, seconds: float, samples: int) -> None:
+        if samples:
+            self._pace_s += 0.1 * (seconds / samples - self._pace_s)
+
     async def _escalate(self, runtime: EdgeRuntime, drift: Drift, decisions: Sequence[Decision], budget_s: float | None) -> list[Answer]:
+        """The cloud's answers, in order; of tensors, which no large model reads, the small model's."""
+        unreadable = [isinstance(decision.sample.payload, Tensors) for decision in decisions]
         if self._client is None:
-            return [degraded(decision.answer, NO_CLOUD) for decision in decisions]
+            return [degraded(d.answer, _TENSORS if stuck else NO_CLOUD) for d, stuck in zip(decisions, unreadable, strict=True)]
+        if any(unreadable):
+            readable = [decision for decision, stuck in zip(decisions, unreadable, strict=True) if not stuck]
+            rest = iter(await self._escalate(runtime, drift, readable, budget_s) if readable else ())
+            return [degraded(d.answer, _TENSORS) if stuck else next(rest) for d, stuck in zip(decisions, unreadable, strict=True)]
         task, gate = runtime.task, runtime.calibration.hint
         messages = [
-            _message(
+            to_predict(
                 decision, runtime, purpose=Purpose.LIVE, p_escalate=1.0, hint=gate_hint(decision.hint, gate, decision.answer.sample_id)
             )
             for decision in decisions
@@ -183,7 +231,7 @@ class Router:
         keep: list[Waiting] = []
         for decision, message, outcome in zip(decisions, messages, outcomes, strict=True):
             if isinstance(outcome, Prediction):
-                answers.append(_cloud_answer(decision, outcome, task.labels))
+                answers.append(cloud_answer(decision, outcome, task.labels))
                 drift.answered_by(outcome.teacher_id, outcome.prompt_id)
                 drift.replied(decision.answer.sample_id, outcome.label_id)
                 if outcome.stored:
@@ -222,49 +270,3 @@ def _drift(runtime: EdgeRuntime) -> Drift:
         log.error("drift: %s", sentence)
 
     return Drift(runtime.calibration, alarm)
-
-
-def _message(
-    decision: Decision, runtime: EdgeRuntime, *, purpose: Purpose, p_escalate: float, hint: tuple[Hint | None, float] = (None, 0.0)
-) -> cloud_pb2.PredictSample:
-    """The sample as it is sent, now or from the spool.
-
-    Args:
-        p_escalate: with which probability it goes to the cloud, given what is known of it: the policy itself draws none.
-        hint: what the large model may see, and with which probability it was to.
-    """
-    shown, p_hint = hint
-    confidence = decision.answer.confidence
-    finite = is_finite(decision.logits, confidence)
-    return cloud_pb2.PredictSample(
-        sample_id=decision.answer.sample_id,
-        purpose=int(purpose),  # type: ignore[arg-type]
-        p_escalate=p_escalate,
-        hint=None if shown is None else shown.to_proto(),
-        payload=payload_to_proto(decision.sample.payload),
-        small=scores_to_proto(decision.logits, runtime.task.label_space) if finite else None,
-        # float32 sums can end a hair above one
-        confidence=min(max(confidence, 0.0), 1.0) if finite else 0.0,
-        bundle_id=runtime.bundle_id,
-        p_hint=p_hint,
-    )
-
-
-def _cloud_answer(decision: Decision, prediction: Prediction, labels: tuple[str, ...]) -> Answer:
-    small = decision.answer
-    return Answer(
-        sample_id=small.sample_id,
-        label_id=prediction.label_id,
-        label=labels[prediction.label_id],
-        source=Source.CLOUD,
-        confidence=small.confidence,
-        candidates=_candidates(prediction.scores, len(small.candidates)),
-        model_id=prediction.teacher_id,
-    )
-
-
-def _candidates(scores: Float32, count: int) -> tuple[tuple[int, float], ...]:
-    """The best `count` of `scores` [C] with their softmax."""
-    weights = np.exp(scores - scores.max())
-    best = np.argsort(-scores, kind="stable")[:count]
-    return tuple(zip(best.tolist(), (weights[best] / weights.sum()).tolist(), strict=True))

@@ -6,6 +6,8 @@ Router                                                   with cloud and spool: w
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,13 +16,13 @@ import numpy as np
 
 from edge_runtime.engines.onnx import OrtBackend
 from edge_runtime.engines.protocol import Backend, Engine, Outputs
-from edge_runtime.golden import check_golden
+from edge_runtime.golden import check_golden, golden_name
 from kcm.bundle import Bundle, Manifest, Precision, load_bundle
 from kcm.calibration import Calibration
 from kcm.errors import BundleError
 from kcm.policy import stays_local
-from kcm.preprocess import Inputs, Preprocessor, load_preprocessor
-from kcm.sample import Answer, Float32, Hint, Sample, Source, new_sample_id
+from kcm.preprocess import Inputs, Preprocessor, batch_of, load_preprocessor
+from kcm.sample import Answer, Float32, Hint, Sample, Source, Tensors, new_sample_id
 from kcm.task import Task
 
 NO_CLOUD = "no cloud configured"
@@ -45,10 +47,22 @@ class EdgeRuntime:
     """A verified bundle with its engine. Immutable: a swap replaces the whole object."""
 
     def __init__(
-        self, *, manifest: Manifest, task: Task, calibration: Calibration, precision: Precision, preprocessor: Preprocessor, engine: Engine
+        self,
+        *,
+        manifest: Manifest,
+        task: Task,
+        calibration: Calibration,
+        precision: Precision,
+        preprocessor: Preprocessor,
+        engine: Engine,
+        engine_name: str = "",
     ) -> None:
         self.manifest, self.task, self.calibration, self.precision = manifest, task, calibration, precision
+        self.engine = engine_name
         self._preprocessor, self._engine = preprocessor, engine
+        self._lock = threading.Lock()
+        # A swap can't know when the last request that holds this is through; the collector does.
+        weakref.finalize(self, engine.close)
 
     @classmethod
     def load(cls, path: str | Path, precision: Precision = "fp32", backend: Backend | None = None) -> EdgeRuntime:
@@ -70,9 +84,13 @@ class EdgeRuntime:
         backend = backend or OrtBackend("onnx-cpu")
         engine = backend.load(bundle.model(precision), bundle.manifest.graph, len(bundle.task.labels))
         preprocessor = load_preprocessor(bundle.task.preprocess, bundle.files)
-        if "golden.npz" not in bundle.files:
-            raise BundleError(f"{bundle.path} has no golden.npz")
-        check_golden(engine, preprocessor, bundle.files["golden.npz"])
+        if (name := golden_name(precision)) not in bundle.files:
+            raise BundleError(f"{bundle.path} has no {name}")
+        try:
+            check_golden(engine, preprocessor, bundle.files[name], precision)
+        except BaseException:
+            engine.close()
+            raise
         # The bundle's bytes aren't kept: the session has its own copy.
         return cls(
             manifest=bundle.manifest,
@@ -81,6 +99,7 @@ class EdgeRuntime:
             precision=precision,
             preprocessor=preprocessor,
             engine=engine,
+            engine_name=backend.name,
         )
 
     @property
@@ -115,20 +134,22 @@ class EdgeRuntime:
             first: index of samples[0] in the caller's request, for the message of an error.
 
         Raises:
-            InvalidSample: a payload of another modality; the message names the sample's index.
+            InvalidSample: a payload of another modality, or tensors that the graph can't read; the message names the sample's index.
         """
         decisions: list[Decision] = []
         step = self.manifest.graph.max_batch
         for start in range(0, len(samples), step):
             part = samples[start : start + step]
-            outputs = self._engine.infer(self._inputs(part, first + start))
-            decisions += self._decide(part, outputs)
+            inputs = self._inputs(part, first + start)
+            with self._lock:  # the outputs are the engine's own until they were read
+                decisions += self._decide(part, self._engine.infer(inputs))
         return decisions
 
     def _decide(self, samples: Sequence[Sample], outputs: Outputs) -> list[Decision]:
         ids, probabilities, confidences = outputs.top_ids.tolist(), outputs.top_probs.tolist(), outputs.confidence.tolist()
         scores = outputs.score.tolist()
         labels, epsilon = self.task.labels, self.calibration.epsilon
+        rows = outputs.logits.copy()  # the engine's own are overwritten by the next call
         decisions = []
         for row, sample in enumerate(samples):
             confidence = confidences[row]
@@ -142,18 +163,18 @@ class EdgeRuntime:
                 model_id=self.manifest.bundle_id,
             )
             local = stays_local(scores[row], epsilon, sample.route)
-            logits = outputs.logits[row]
+            logits = rows[row]
             hint = None if local or not is_finite(logits, confidence) else _hint(ids[row], probabilities[row], confidence)
             decisions.append(Decision(sample=sample, answer=answer, local=local, score=scores[row], logits=logits, hint=hint))
         return decisions
 
     def _inputs(self, samples: Sequence[Sample], start: int) -> Inputs:
         try:
-            return self._preprocessor.batch([sample.payload for sample in samples])
+            return batch_of([sample.payload for sample in samples], self._preprocessor)
         except ValueError:
             for row, sample in enumerate(samples):
                 try:
-                    self._preprocessor.batch([sample.payload])
+                    batch_of([sample.payload], self._preprocessor)
                 except ValueError as error:
                     raise InvalidSample(f"sample {start + row}: {error}") from error
             raise
@@ -169,7 +190,7 @@ def check_samples(samples: Sequence[Sample]) -> None:
 
     Raises:
         TypeError: `samples` is one sample or bare texts.
-        InvalidSample: a payload is neither text nor bytes, or a sample_id appears twice: the answer to which would be which?
+        InvalidSample: a payload is neither text, bytes nor tensors, or a sample_id appears twice: the answer to which would be which?
     """
     given: object = samples
     if isinstance(given, (str, bytes, Sample)):
@@ -180,8 +201,10 @@ def check_samples(samples: Sequence[Sample]) -> None:
         if not isinstance(item, Sample):
             raise TypeError(f"sample {index} is of type {type(item).__name__}: wrap it, infer([Sample(payload=...)])")
         payload: object = item.payload
-        if not isinstance(payload, (str, bytes)):
-            raise InvalidSample(f"sample {index}: its payload is of type {type(payload).__name__}: give str or bytes (an image file)")
+        if not isinstance(payload, (str, bytes, Tensors)):
+            raise InvalidSample(
+                f"sample {index}: its payload is of type {type(payload).__name__}: give str, bytes (an image file) or Tensors"
+            )
         if sample.sample_id and (first := seen.setdefault(sample.sample_id, index)) != index:
             raise InvalidSample(f"sample {index} has the sample_id of sample {first}: {sample.sample_id!r}")
 

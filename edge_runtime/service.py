@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections import deque
+from collections.abc import AsyncIterator, Coroutine
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
@@ -17,7 +18,7 @@ from edge_runtime.spool import Spool
 from edge_runtime.stats import Stats
 from edge_runtime.updater import Updater
 from kcm.errors import StoreError
-from kcm.sample import Route, Sample, Source, new_sample_id, payload_from_proto
+from kcm.sample import Answer, Route, Sample, Source, edge_payload_from_proto, new_sample_id
 from protos.kcm.v1 import bundle_pb2, edge_pb2, edge_pb2_grpc
 
 if TYPE_CHECKING:
@@ -41,41 +42,34 @@ class EdgeService(edge_pb2_grpc.EdgeServicer):  # type: ignore[misc]
 
     async def Infer(self, request: edge_pb2.InferRequest, context: Context) -> edge_pb2.InferReply:
         try:
-            return await self._answer(request, context.time_remaining())
+            begun = self._begin(request, context.time_remaining())
+            return begun if isinstance(begun, edge_pb2.InferReply) else await begun
         except InvalidSample as error:
             await self._refuse(context, error)
 
-    async def InferStream(self, requests: AsyncIterator[edge_pb2.InferRequest], context: Context) -> AsyncIterator[edge_pb2.InferReply]:
-        pending: asyncio.Queue[asyncio.Task[edge_pb2.InferReply] | None] = asyncio.Queue()
-        window = asyncio.Semaphore(_WINDOW)
+    async def InferStream(self, requests: AsyncIterator[edge_pb2.InferRequest], context: Context) -> None:
+        replies = _Replies(context)
 
         async def read() -> None:
-            try:
-                async for request in requests:
-                    await window.acquire()
-                    pending.put_nowait(asyncio.create_task(self._answer(request, context.time_remaining())))
-            finally:
-                pending.put_nowait(None)
+            async for request in requests:
+                await replies.put(self._begin(request, context.time_remaining()))
 
         reader = asyncio.create_task(read())
         self._readers.add(reader)
         if self._stopping:
             reader.cancel()
         try:
-            while (task := await pending.get()) is not None:
-                try:
-                    yield await task
-                except InvalidSample as error:
-                    await self._refuse(context, error)
-                window.release()
+            await asyncio.wait({reader, replies.failed}, return_when=asyncio.FIRST_COMPLETED)
+            await replies.finish()
             if self._stopping:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "the edge is shutting down: send what was not answered again")
+            reader.result()
+        except InvalidSample as error:
+            await self._refuse(context, error)
         finally:
             self._readers.discard(reader)
             _drop(reader)
-            while not pending.empty():
-                if (left := pending.get_nowait()) is not None:
-                    _drop(left)
+            replies.drop()
 
     async def Feedback(self, request: edge_pb2.FeedbackRequest, context: Context) -> edge_pb2.FeedbackReply:
         try:
@@ -120,9 +114,18 @@ class EdgeService(edge_pb2_grpc.EdgeServicer):  # type: ignore[misc]
         for reader in self._readers:
             reader.cancel()
 
-    async def _answer(self, request: edge_pb2.InferRequest, remaining_s: float | None) -> edge_pb2.InferReply:
-        answers = await self._router.infer(self._samples(request), remaining_s)
-        return edge_pb2.InferReply(answers=[answer.to_proto() for answer in answers])
+    def _begin(
+        self, request: edge_pb2.InferRequest, remaining_s: float | None
+    ) -> edge_pb2.InferReply | Coroutine[Any, Any, edge_pb2.InferReply]:
+        """The reply itself where it is there at once. Raises InvalidSample."""
+        begun = self._router.begin(self._samples(request), remaining_s)
+        if isinstance(begun, list):
+            return _reply(begun)
+
+        async def rest() -> edge_pb2.InferReply:
+            return _reply(await begun)
+
+        return rest()
 
     def _samples(self, request: edge_pb2.InferRequest) -> list[Sample]:
         """Raises InvalidSample: which sample can't be read, and why."""
@@ -141,7 +144,7 @@ class EdgeService(edge_pb2_grpc.EdgeServicer):  # type: ignore[misc]
             raise ValueError(f"{message.payload.ByteSize()} bytes, at most {self._config.max_sample_bytes} are taken")
         _check_id(message.sample_id)
         return Sample(
-            payload=payload_from_proto(message.payload), sample_id=message.sample_id or new_sample_id(), route=Route(message.route)
+            payload=edge_payload_from_proto(message.payload), sample_id=message.sample_id or new_sample_id(), route=Route(message.route)
         )
 
     def _truths(self, request: edge_pb2.FeedbackRequest) -> list[tuple[str, str]]:
@@ -161,12 +164,63 @@ class EdgeService(edge_pb2_grpc.EdgeServicer):  # type: ignore[misc]
         raise AssertionError("abort raises")
 
 
+class _Replies:
+    """Replies of one stream, in the order of its requests. What is there at once goes out at once; the rest has tasks, _WINDOW at most."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._waiting: deque[asyncio.Task[edge_pb2.InferReply]] = deque()
+        self._window = asyncio.Semaphore(_WINDOW)
+        self._writer: asyncio.Task[None] | None = None
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def put(self, begun: edge_pb2.InferReply | Coroutine[Any, Any, edge_pb2.InferReply]) -> None:
+        """Returns once the reply is out, or there is room for it."""
+        if self._writer is None and isinstance(begun, edge_pb2.InferReply):
+            await self._context.write(begun)
+            return
+        await self._window.acquire()
+        self._waiting.append(asyncio.ensure_future(_done(begun) if isinstance(begun, edge_pb2.InferReply) else begun))
+        if self._writer is None:
+            self._writer = asyncio.create_task(self._write())
+
+    async def finish(self) -> None:
+        """Returns once all of them are out. Raises what one of them raised."""
+        if self._writer is not None:
+            await self._writer
+        if self.failed.done():
+            self.failed.result()
+
+    def drop(self) -> None:
+        """End what nobody will read any more."""
+        for task in (self.failed, *self._waiting, *((self._writer,) if self._writer else ())):
+            _drop(task)
+
+    async def _write(self) -> None:
+        try:
+            while self._waiting:
+                await self._context.write(await self._waiting[0])
+                self._waiting.popleft()
+                self._window.release()
+            self._writer = None
+        except Exception as error:  # the stream ends with it, whatever it is
+            self.failed.set_exception(error)
+
+
+async def _done(reply: edge_pb2.InferReply) -> edge_pb2.InferReply:
+    return reply
+
+
+def _reply(answers: list[Answer]) -> edge_pb2.InferReply:
+    return edge_pb2.InferReply(answers=[answer.to_proto() for answer in answers])
+
+
 def _check_id(sample_id: str) -> None:
     if len(sample_id) > _MAX_ID:
         raise ValueError(f"sample_id has {len(sample_id)} characters, at most {_MAX_ID} are taken")
 
 
-def _drop(task: asyncio.Task[Any]) -> None:
-    """End a task whose result nobody will read."""
+def _drop(task: asyncio.Future[Any]) -> None:
+    """End what nobody will read the result of."""
     task.cancel()
     task.add_done_callback(lambda done: done.cancelled() or done.exception())

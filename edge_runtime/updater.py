@@ -8,6 +8,7 @@ from pathlib import Path
 
 from edge_runtime.bundles import BundleStore
 from edge_runtime.config import EdgeConfig
+from edge_runtime.loader import Loader, trim
 from edge_runtime.router import Router
 from edge_runtime.runtime import EdgeRuntime
 from edge_runtime.stats import Stats
@@ -23,10 +24,12 @@ class Updater:
 
     def __init__(self, config: EdgeConfig, stats: Stats) -> None:
         self._config, self._stats = config, stats
+        self.loader = Loader(config.engine, config.precision)
         self._store = BundleStore(Path(config.store)) if config.store else None
         self._refused = ""  # why this daemon didn't take the newest bundle
         self._seen = (0, 0)
         self._hup = asyncio.Event()
+        self._improving: asyncio.Task[None] | None = None
 
     @property
     def last_refusal(self) -> str:
@@ -45,17 +48,17 @@ class Updater:
             BundleError: none can be served.
         """
         if self._store is None:
-            return EdgeRuntime.load(self._config.bundle, self._config.precision)
+            return self.loader.load(Path(self._config.bundle))
         self._seen = self._store.version()
         current = self._store.current()
         try:
-            return EdgeRuntime.load(current, self._config.precision)
+            return self.loader.load(current)
         except BundleError as error:
             previous = self._store.state().previous
             if not previous:
                 raise
             self._refuse(current, error)
-            return EdgeRuntime.load(self._store.folder(previous), self._config.precision)
+            return self.loader.load(self._store.folder(previous))
 
     def look_again(self) -> None:
         """SIGHUP."""
@@ -63,6 +66,13 @@ class Updater:
 
     async def run(self, router: Router) -> None:
         """Until cancelled."""
+        try:
+            await self._watch(router)
+        finally:
+            self._stop_improving()
+
+    async def _watch(self, router: Router) -> None:
+        self._improve_soon(router)
         while True:
             try:
                 await asyncio.wait_for(self._hup.wait(), _POLL_S)
@@ -83,7 +93,7 @@ class Updater:
                     self._refused = ""
                     return
             # In a thread: requests go on while the new engine loads and proves itself.
-            runtime = await asyncio.to_thread(EdgeRuntime.load, path, self._config.precision)
+            runtime = await asyncio.to_thread(self.loader.load, path)
         except KcmError as error:
             self._refuse(path, error)
             return
@@ -92,6 +102,30 @@ class Updater:
         self._refused = ""
         self._stats.swaps += 1
         log.info("bundle %s serves, %s did before", runtime.bundle_id, old)
+        self._improve_soon(router)
+
+    def _improve_soon(self, router: Router) -> None:
+        """Build what would run this bundle faster, in the background; a later bundle's takes its place."""
+        self._stop_improving()
+        if self.loader.better(router.runtime):
+            self._improving = asyncio.create_task(self._improve(router))
+
+    def _stop_improving(self) -> None:
+        if self._improving is not None:
+            self._improving.cancel()
+            self._improving = None
+
+    async def _improve(self, router: Router) -> None:
+        before = router.runtime
+        path = self._store.folder(before.bundle_id) if self._store is not None else Path(self._config.bundle)
+        after = await asyncio.to_thread(self.loader.improve, before, path)
+        # What serves may have been swapped while the engine was built.
+        if after is None or router.runtime is not before:
+            return
+        router.swap(after)
+        log.info("engine %s serves bundle %s, %s did before", after.provider, after.bundle_id, before.provider)
+        del before
+        trim()
 
     def _refuse(self, path: Path, error: KcmError) -> None:
         self._refused = f"{path.name}: {error.message}"

@@ -9,12 +9,13 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kcm.errors import BundleError, require
+from kcm.sample import Tensors
 from kcm.task import PreprocessSpec
 
 Inputs = dict[str, NDArray[Any]]
@@ -30,20 +31,76 @@ GROUPS = 3
 _START, _END = 0x9E37, 0x1234567  # stand for the neighbours that a first and a last word lack
 
 
+class InputSpec(NamedTuple):
+    """One input of the graph, [B, L]. Its values are below `limit`, and not negative, where there is one."""
+
+    dtype: np.dtype[Any]
+    limit: int | None = None
+
+
 class Preprocessor(Protocol):
     """Payloads → the graph's inputs by name, each padded to the longest of the batch."""
+
+    longest: int  # the largest L that `batch` gives
+
+    @property
+    def inputs(self) -> Mapping[str, InputSpec]: ...
 
     @property
     def names(self) -> tuple[str, ...]: ...
 
-    @property
-    def longest(self) -> int:
-        """The largest L that `batch` gives."""
-        ...
-
     def batch(self, payloads: Sequence[str | bytes]) -> Inputs:
         """Raises ValueError for a payload of another modality."""
         ...
+
+
+def batch_of(payloads: Sequence[str | bytes | Tensors], preprocessor: Preprocessor) -> Inputs:
+    """The graph's inputs [B, L] of any mixture of payloads.
+
+    Raises:
+        ValueError: a payload of another modality, or tensors that the graph can't read.
+    """
+    if not any(isinstance(payload, Tensors) for payload in payloads):
+        return preprocessor.batch(payloads)  # type: ignore[arg-type]
+    rows: list[Mapping[str, Any]] = [
+        payload.inputs if isinstance(payload, Tensors) else {name: array[0] for name, array in preprocessor.batch([payload]).items()}
+        for payload in payloads
+    ]
+    for row in rows:
+        if row.keys() != preprocessor.inputs.keys():
+            raise ValueError(f"tensors {', '.join(sorted(row)) or 'none'} given, the graph reads {', '.join(preprocessor.inputs)}")
+    inputs: Inputs = {}
+    lengths: list[int] = []
+    for name, spec in preprocessor.inputs.items():
+        arrays = [_array(name, row[name], spec.dtype) for row in rows]
+        found = [len(array) for array in arrays]
+        if lengths and lengths != found:
+            raise ValueError(f"tensor {name!r} has another length than {next(iter(inputs))!r}")
+        lengths = found
+        if not 0 < min(found) <= max(found) <= preprocessor.longest:
+            raise ValueError(f"tensor {name!r} has {max(found)} values, 1 to {preprocessor.longest} are taken")
+        if min(found) == max(found):
+            whole = np.stack(arrays)
+        else:
+            whole = np.zeros((len(arrays), max(found)), spec.dtype)
+            for row, array in zip(whole, arrays, strict=True):
+                row[: len(array)] = array
+        # A look-up beyond a table's end is an error in one runtime and foreign memory in another.
+        if spec.limit is not None and (whole.min() < 0 or whole.max() >= spec.limit):
+            raise ValueError(f"tensor {name!r} has a value outside 0..{spec.limit - 1}")
+        inputs[name] = whole
+    return inputs
+
+
+def _array(name: str, given: NDArray[Any] | bytes, dtype: np.dtype[Any]) -> NDArray[Any]:
+    if isinstance(given, bytes):
+        if len(given) % dtype.itemsize:
+            raise ValueError(f"tensor {name!r} has {len(given)} bytes, no whole number of {dtype}")
+        return np.frombuffer(given, dtype.newbyteorder("<"))
+    if not isinstance(given, np.ndarray) or given.ndim != 1 or given.dtype != dtype:
+        what = f"{given.dtype} {list(given.shape)}" if isinstance(given, np.ndarray) else type(given).__name__
+        raise ValueError(f"tensor {name!r} is {what}, the graph reads one row of {dtype}")
+    return given
 
 
 def load_preprocessor(spec: PreprocessSpec, files: Mapping[str, bytes]) -> Preprocessor:
@@ -69,6 +126,7 @@ class NgramPreprocessor:
     names = ("ids", "weights")
 
     def __init__(self, spec: PreprocessSpec) -> None:
+        self.inputs = {"ids": InputSpec(np.dtype(np.int32), GROUPS * spec.buckets), "weights": InputSpec(np.dtype(np.float32))}
         if spec.buckets & (spec.buckets - 1):
             raise BundleError(f"[preprocess] buckets {spec.buckets} is not a power of two")
         self._spec, self._mask = spec, spec.buckets - 1
@@ -140,6 +198,8 @@ class TokenizerPreprocessor:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(tokenizer_json)
         except Exception as error:  # the library raises bare Exception
             raise BundleError(f"tokenizer.json can't be read: {error}") from error
+        ids = InputSpec(np.dtype(np.int64), self._tokenizer.get_vocab_size())
+        self.inputs = {"input_ids": ids, "attention_mask": InputSpec(np.dtype(np.int64), 2)}
         self.longest = spec.max_tokens
         self._tokenizer.enable_truncation(spec.max_tokens)
         self._tokenizer.enable_padding()

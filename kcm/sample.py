@@ -6,6 +6,8 @@ import enum
 import os
 import time
 import uuid
+from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -49,10 +51,16 @@ class HintArm(enum.IntEnum):
     ASSERTION = sample_pb2.HINT_ASSERTION
 
 
-class Sample(msgspec.Struct, frozen=True, kw_only=True):
-    """One input: UTF-8 text, or the bytes of an image file."""
+class Tensors(msgspec.Struct, frozen=True):
+    """One row of each of the graph's inputs by name, preprocessed by the application: arrays [L], or their little-endian bytes."""
 
-    payload: str | bytes
+    inputs: Mapping[str, NDArray[Any] | bytes]
+
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True):
+    """One input: UTF-8 text, the bytes of an image file, or tensors, which only the device can answer."""
+
+    payload: str | bytes | Tensors
     sample_id: str = ""
     route: Route = Route.AUTO
 
@@ -110,11 +118,18 @@ def payload_to_proto(payload: str | bytes) -> sample_pb2.Payload:
 
 
 def payload_from_proto(message: sample_pb2.Payload) -> str | bytes:
-    """Raises ValueError where no kind is set."""
+    """What a large model may read. Raises ValueError where no kind is set, or tensors are."""
     kind = message.WhichOneof("kind")
-    if kind is None:
-        raise ValueError("payload is empty: set text or image")
-    return message.text if kind == "text" else message.image
+    if kind == "text":
+        return message.text
+    if kind == "image":
+        return message.image
+    raise ValueError("payload is empty: set text or image" if kind is None else "tensors are for the device alone: set text or image")
+
+
+def edge_payload_from_proto(message: sample_pb2.Payload) -> str | bytes | Tensors:
+    """What the device may read. Raises ValueError where no kind is set."""
+    return Tensors(dict(message.tensors.inputs)) if message.WhichOneof("kind") == "tensors" else payload_from_proto(message)
 
 
 def scores_to_proto(values: Float32, label_space: str, kind: sample_pb2.Scores.Kind = sample_pb2.Scores.LOGIT) -> sample_pb2.Scores:

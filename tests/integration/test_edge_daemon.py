@@ -18,9 +18,10 @@ from edge_kit import EASY, HARD, Cloud, Process, request, running_edge, stub
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from edge_runtime import EdgeRuntime
 from edge_runtime.metrics import NAMES
 from kcm.sample import Purpose, Route
-from protos.kcm.v1 import edge_pb2, edge_pb2_grpc
+from protos.kcm.v1 import edge_pb2, edge_pb2_grpc, sample_pb2
 
 LOCAL, CLOUD, DEGRADED = edge_pb2.InferAnswer.SOURCE_LOCAL, edge_pb2.InferAnswer.SOURCE_CLOUD, edge_pb2.InferAnswer.SOURCE_DEGRADED
 
@@ -67,6 +68,28 @@ def test_the_route_is_kept(client: edge_pb2_grpc.EdgeStub, cloud: Cloud) -> None
     assert cloud.rows() == {}
     assert client.Infer(request(EASY[0], ids=("x",), route=Route.CLOUD), timeout=10).answers[0].source == CLOUD
     assert set(cloud.rows()) == {"x"}
+
+
+def test_tensors_are_answered_here_and_never_leave_the_device(client: edge_pb2_grpc.EdgeStub, cloud: Cloud, tiny_bundle: Path) -> None:
+    preprocessor = EdgeRuntime.load(tiny_bundle)._preprocessor
+
+    def tensors(text: str, route: int = 0) -> edge_pb2.InferSample:
+        row = {name: array[0].tobytes() for name, array in preprocessor.batch([text]).items()}
+        return edge_pb2.InferSample(payload=sample_pb2.Payload(tensors=sample_pb2.Tensors(inputs=row)), route=route)  # type: ignore[arg-type]
+
+    mixed = edge_pb2.InferRequest(
+        samples=[tensors(EASY[1]), tensors(HARD[0]), *request(HARD[0], EASY[1]).samples, tensors(HARD[0], Route.CLOUD)]
+    )
+    answers = client.Infer(mixed, timeout=10).answers
+    assert [a.source for a in answers] == [LOCAL, DEGRADED, CLOUD, LOCAL, DEGRADED]
+    assert answers[0].label == answers[3].label and answers[0].confidence == pytest.approx(answers[3].confidence, abs=1e-6)
+    assert "tensors can't be sent" in answers[1].reason and len(cloud.calls()) == 1
+    assert client.Status(edge_pb2.StatusRequest(), timeout=10).spool_depth == 0
+    broken = tensors(EASY[0])
+    broken.payload.tensors.inputs["input_ids"] = (-1).to_bytes(8, "little", signed=True)
+    with pytest.raises(grpc.RpcError, match="sample 1: tensor") as refused:
+        client.Infer(edge_pb2.InferRequest(samples=[tensors(EASY[0]), broken]), timeout=10)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_missing_ids_are_made_and_an_empty_call_is_fine(client: edge_pb2_grpc.EdgeStub) -> None:

@@ -24,23 +24,29 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aprotos/kcm/v1/sample.proto\x12\x06kcm.v1\"2\n\x07Payload\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x0f\n\x05image\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04kind\"\x91\x02\n\x06Scores\x12\x13\n\x0blabel_space\x18\x01 \x01(\t\x12!\n\x04kind\x18\x02 \x01(\x0e\x32\x13.kcm.v1.Scores.Kind\x12#\n\x05\x64type\x18\x03 \x01(\x0e\x32\x14.kcm.v1.Scores.DType\x12\x0e\n\x06values\x18\x04 \x01(\x0c\x12\x0b\n\x03ids\x18\x05 \x03(\r\x12\x14\n\x0crest_logprob\x18\x06 \x01(\x02\"=\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\t\n\x05LOGIT\x10\x01\x12\x0b\n\x07LOGPROB\x10\x02\x12\x07\n\x03PMI\x10\x03\"8\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46LOAT32\x10\x01\x12\x0b\n\x07\x46LOAT16\x10\x02\"D\n\x04Hint\x12\x11\n\tlabel_ids\x18\x01 \x03(\r\x12\x15\n\rprobabilities\x18\x02 \x03(\x02\x12\x12\n\nconfidence\x18\x03 \x01(\x02*[\n\x07HintArm\x12\x18\n\x14HINT_ARM_UNSPECIFIED\x10\x00\x12\r\n\tHINT_NONE\x10\x01\x12\x13\n\x0fHINT_CANDIDATES\x10\x02\x12\x12\n\x0eHINT_ASSERTION\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aprotos/kcm/v1/sample.proto\x12\x06kcm.v1\"V\n\x07Payload\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x0f\n\x05image\x18\x02 \x01(\x0cH\x00\x12\"\n\x07tensors\x18\x03 \x01(\x0b\x32\x0f.kcm.v1.TensorsH\x00\x42\x06\n\x04kind\"e\n\x07Tensors\x12+\n\x06inputs\x18\x01 \x03(\x0b\x32\x1b.kcm.v1.Tensors.InputsEntry\x1a-\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"\x91\x02\n\x06Scores\x12\x13\n\x0blabel_space\x18\x01 \x01(\t\x12!\n\x04kind\x18\x02 \x01(\x0e\x32\x13.kcm.v1.Scores.Kind\x12#\n\x05\x64type\x18\x03 \x01(\x0e\x32\x14.kcm.v1.Scores.DType\x12\x0e\n\x06values\x18\x04 \x01(\x0c\x12\x0b\n\x03ids\x18\x05 \x03(\r\x12\x14\n\x0crest_logprob\x18\x06 \x01(\x02\"=\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\t\n\x05LOGIT\x10\x01\x12\x0b\n\x07LOGPROB\x10\x02\x12\x07\n\x03PMI\x10\x03\"8\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46LOAT32\x10\x01\x12\x0b\n\x07\x46LOAT16\x10\x02\"D\n\x04Hint\x12\x11\n\tlabel_ids\x18\x01 \x03(\r\x12\x15\n\rprobabilities\x18\x02 \x03(\x02\x12\x12\n\nconfidence\x18\x03 \x01(\x02*[\n\x07HintArm\x12\x18\n\x14HINT_ARM_UNSPECIFIED\x10\x00\x12\r\n\tHINT_NONE\x10\x01\x12\x13\n\x0fHINT_CANDIDATES\x10\x02\x12\x12\n\x0eHINT_ASSERTION\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.kcm.v1.sample_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_HINTARM']._serialized_start=436
-  _globals['_HINTARM']._serialized_end=527
+  _globals['_TENSORS_INPUTSENTRY']._loaded_options = None
+  _globals['_TENSORS_INPUTSENTRY']._serialized_options = b'8\001'
+  _globals['_HINTARM']._serialized_start=575
+  _globals['_HINTARM']._serialized_end=666
   _globals['_PAYLOAD']._serialized_start=38
-  _globals['_PAYLOAD']._serialized_end=88
-  _globals['_SCORES']._serialized_start=91
-  _globals['_SCORES']._serialized_end=364
-  _globals['_SCORES_KIND']._serialized_start=245
-  _globals['_SCORES_KIND']._serialized_end=306
-  _globals['_SCORES_DTYPE']._serialized_start=308
-  _globals['_SCORES_DTYPE']._serialized_end=364
-  _globals['_HINT']._serialized_start=366
-  _globals['_HINT']._serialized_end=434
+  _globals['_PAYLOAD']._serialized_end=124
+  _globals['_TENSORS']._serialized_start=126
+  _globals['_TENSORS']._serialized_end=227
+  _globals['_TENSORS_INPUTSENTRY']._serialized_start=182
+  _globals['_TENSORS_INPUTSENTRY']._serialized_end=227
+  _globals['_SCORES']._serialized_start=230
+  _globals['_SCORES']._serialized_end=503
+  _globals['_SCORES_KIND']._serialized_start=384
+  _globals['_SCORES_KIND']._serialized_end=445
+  _globals['_SCORES_DTYPE']._serialized_start=447
+  _globals['_SCORES_DTYPE']._serialized_end=503
+  _globals['_HINT']._serialized_start=505
+  _globals['_HINT']._serialized_end=573
 # @@protoc_insertion_point(module_scope)

@@ -2,7 +2,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Iterable as _Iterable
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -19,12 +19,27 @@ HINT_CANDIDATES: HintArm
 HINT_ASSERTION: HintArm
 
 class Payload(_message.Message):
-    __slots__ = ("text", "image")
+    __slots__ = ("text", "image", "tensors")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
     text: str
     image: bytes
-    def __init__(self, text: _Optional[str] = ..., image: _Optional[bytes] = ...) -> None: ...
+    tensors: Tensors
+    def __init__(self, text: _Optional[str] = ..., image: _Optional[bytes] = ..., tensors: _Optional[_Union[Tensors, _Mapping]] = ...) -> None: ...
+
+class Tensors(_message.Message):
+    __slots__ = ("inputs",)
+    class InputsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    inputs: _containers.ScalarMap[str, bytes]
+    def __init__(self, inputs: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
 
 class Scores(_message.Message):
     __slots__ = ("label_space", "kind", "dtype", "values", "ids", "rest_logprob")

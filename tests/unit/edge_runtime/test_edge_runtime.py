@@ -50,7 +50,7 @@ def test_easy_samples_stay_and_hard_ones_are_degraded_without_a_cloud(runtime: E
         ("bare text", TypeError, "infer takes a sequence of Sample, not one str"),
         (Sample(payload="x"), TypeError, "infer takes a sequence of Sample, not one Sample"),
         ([Sample(payload="x"), "bare text"], TypeError, r"sample 1 is of type str: wrap it, infer\(\[Sample\(payload=...\)\]\)"),
-        ([Sample(payload=3)], InvalidSample, "sample 0: its payload is of type int: give str or bytes"),
+        ([Sample(payload=3)], InvalidSample, "sample 0: its payload is of type int: give str, bytes"),
         ([Sample(payload=None)], InvalidSample, "sample 0: its payload is of type NoneType"),
     ],
 )
