@@ -29,7 +29,7 @@ def append_judge(
     log_p = nodes("LogSoftmax", logits, axis=1)
     width = max(judge.ranks, candidates, 2)
     ranked, ids = nodes("TopK", log_p, np.array([width]), axis=1, outputs=2)
-    _first(nodes, ids, width, candidates, "top_ids")
+    nodes("Identity", _first(nodes, ids, width, candidates), out="top_ids")
     nodes("Exp", _first(nodes, ranked, width, candidates), out="top_probs")
 
     ranks = judge.ranks
@@ -39,53 +39,65 @@ def append_judge(
     rest = nodes("Log", nodes("Clip", nodes("Sub", 1.0, held), REST))
     prior = nodes("Concat", nodes("Clip", top_scaled, LOWEST), rest, axis=1)
 
-    top = nodes("Clip", ranked, LOWEST)
-    floored = nodes("Clip", log_p, LOWEST)
-    entropy = nodes("Neg", nodes("ReduceSum", nodes("Mul", nodes("Exp", log_p), floored), np.array([1]), keepdims=1))
-    margin = nodes("Sub", _first(nodes, top, width, 1), nodes("Slice", top, np.array([1]), np.array([2]), np.array([1])))
-    log_length = nodes("Log", nodes("Add", length, 1.0))
-    largest = nodes("ReduceMax", logits, np.array([1]), keepdims=1)
-    x = nodes("Concat", _first(nodes, top, width, ranks), entropy, margin, log_length, unknown, largest, axis=1)
+    x = _features(nodes, logits, log_p, _first(nodes, ranked, width, max(2, ranks)), ranks, length, unknown)
     added = _layers(nodes, judge.layers, x, precision)
-    confidence = _first(nodes, nodes("Softmax", nodes("Add", prior, added), axis=1), ranks + 1, 1)
-    nodes("Squeeze", confidence, np.array([1]), out="confidence")
-    p = nodes("Exp", _first(nodes, top_scaled, ranks, 1))  # [B, 1]: tempered max-softmax
+    p_ranks = nodes("Softmax", nodes("Add", prior, added), axis=1)
+    nodes("Gather", p_ranks, np.array(0), axis=1, out="confidence")
     if router.choice.head == "confidence":
         nodes("Identity", "confidence", out="score")
     elif router.choice.head == "max-softmax":
-        nodes("Squeeze", p, np.array([1]), out="score")
+        nodes("Exp", nodes("Gather", top_scaled, np.array(0), axis=1), out="score")
     else:
         assert router.outcome is not None
-        _outcome(nodes, router.outcome, x, p, _first(nodes, ids, width, 1), precision)
+        _outcome(nodes, router.outcome, x, _first(nodes, top_scaled, ranks, 1), ids, precision)
 
 
-def _outcome(nodes: Nodes, head: OutcomeHead, x: str, p: str, best: str, precision: Precision) -> None:
-    """The score of a head of correctness or benefit from features [B, F], tempered max-softmax [B, 1] and the answer's id [B, 1].
+def _features(nodes: Nodes, logits: str, log_p: str, ranked: str, ranks: int, length: str, unknown: str) -> str:
+    """training.judge.features [B, ranks + 5] from log-probabilities [B, C] and the highest max(2, ranks) of them.
+
+    What is linear in its parts is one product with a matrix of 0, 1 and −1: a node costs more than its arithmetic.
+    """
+    floored = nodes("Clip", log_p, LOWEST)
+    negative_entropy = nodes("ReduceSum", nodes("Mul", nodes("Exp", log_p), floored), np.array([1]), keepdims=1)
+    log_length = nodes("Log", nodes("Add", length, 1.0))
+    largest = nodes("ReduceMax", logits, np.array([1]), keepdims=1)
+    parts = nodes("Concat", nodes("Clip", ranked, LOWEST), negative_entropy, log_length, unknown, largest, axis=1)
+    width = max(2, ranks)
+    to_features = np.zeros((width + 4, ranks + 5), np.float32)
+    to_features[range(ranks), range(ranks)] = 1
+    to_features[width, ranks] = -1  # entropy
+    to_features[[0, 1], ranks + 1] = 1, -1  # margin
+    to_features[range(width + 1, width + 4), range(ranks + 2, ranks + 5)] = 1
+    x: str = nodes("MatMul", parts, to_features)
+    return x
+
+
+def _outcome(nodes: Nodes, head: OutcomeHead, x: str, log_p: str, ids: str, precision: Precision) -> None:
+    """The score of a head of correctness or benefit from features [B, F], the log of tempered max-softmax [B, 1] and ranked ids [B, k].
 
     Mirrors OutcomeHead.forward and OutcomeHead.score.
     """
-    p = nodes("Clip", p, EDGE, 1 - EDGE)
-    q = nodes("Sub", 1.0, p)
+    p = nodes("Clip", nodes("Exp", log_p), EDGE, 1 - EDGE)
+    # The prior's probabilities are linear in p: of (wrong, right), or of (hurt, neutral, benefit).
     if head.kind == "correctness":
-        prior = nodes("Log", nodes("Concat", q, p, axis=1))
+        slope, start = [-1.0, 1.0], [1.0, 0.0]
     else:
-        benefit, hurt = nodes("Mul", q, float(head.rates[0])), nodes("Mul", p, float(1 - head.rates[1]))
-        prior = nodes("Log", nodes("Concat", hurt, nodes("Sub", nodes("Sub", 1.0, hurt), benefit), benefit, axis=1))
+        benefit, hurt = float(head.rates[0]), float(1 - head.rates[1])
+        slope, start = [hurt, benefit - hurt, -benefit], [0.0, 1 - benefit, benefit]
+    prior = nodes("Log", nodes("Gemm", p, np.array([slope], np.float32), np.array(start, np.float32)))
     x = _layers(nodes, head.layers, x, precision)
-    by_class = nodes("Gather", head.classes.detach().numpy(), nodes("Squeeze", best, np.array([1])))
+    by_class = nodes("Gather", head.classes.detach().numpy(), nodes("Gather", ids, np.array(0), axis=1))
     out = nodes("Softmax", nodes("Add", nodes("Add", prior, x), by_class), axis=1)
     # The score is a weighted sum of the outcomes' probabilities: of P(right), or of (1 + P(hurt) − P(benefit)) / 2.
     worth = [[0.0], [1.0]] if head.kind == "correctness" else [[1.0], [0.5], [0.0]]
     nodes("Squeeze", nodes("MatMul", out, np.array(worth, np.float32)), np.array([1]), out="score")
 
 
-def _first(nodes: Nodes, value: str, width: int, count: int, out: str = "") -> str:
+def _first(nodes: Nodes, value: str, width: int, count: int) -> str:
     """Columns 0..count of a [B, width] value."""
     if width == count:
-        name: str = nodes("Identity", value, out=out) if out else value
-        return name
-    zero, end, axis = (np.array([i]) for i in (0, count, 1))
-    name = nodes("Slice", value, zero, end, axis, out=out)
+        return value
+    name: str = nodes("Slice", value, *(np.array([i]) for i in (0, count, 1)))
     return name
 
 

@@ -36,5 +36,5 @@ class Nodes:
         key = (str(array.dtype), array.shape, array.tobytes() if array.size < 64 else str(len(self.initializers)).encode())
         if key not in self._constants:
             self._constants[key] = f"{self._prefix}c{len(self.initializers)}"
-            self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(array), self._constants[key]))
+            self.initializers.append(numpy_helper.from_array(np.asarray(array, order="C"), self._constants[key]))
         return self._constants[key]
