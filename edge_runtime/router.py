@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -45,12 +45,21 @@ class Taken(msgspec.Struct, frozen=True, kw_only=True):
     dropped: int
 
 
+class Begun(NamedTuple):
+    """Samples that the device has decided on, with the bundle and the estimates that they belong to."""
+
+    runtime: EdgeRuntime
+    drift: Drift
+    decisions: list[Decision]
+    away: list[Decision]  # those of them that don't stay here
+    started: float  # perf_counter
+
+
 class Router:
     """Answers samples with the current runtime. Belongs to one event loop; a swap replaces runtime and drift between requests."""
 
     def __init__(self, config: EdgeConfig, runtime: EdgeRuntime, *, client: CloudClient | None, spool: Spool | None, stats: Stats) -> None:
-        self.runtime = runtime
-        self.drift = _drift(runtime)
+        self._serving = runtime, _drift(runtime)  # one tuple: another thread sees both or neither change
         self._client, self._spool, self._stats = client, spool, stats
         self._deadline_s = config.cloud.deadline_ms / 1000
         self._alarm = Alarm(log)
@@ -59,6 +68,15 @@ class Router:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")  # starts with its first use
         # Without a cloud nobody would ever ask for them.
         self._explorer = Explorer(config.explore, spool, stats) if config.explore > 0 and client is not None and spool is not None else None
+
+    @property
+    def runtime(self) -> EdgeRuntime:
+        """What serves now."""
+        return self._serving[0]
+
+    @property
+    def drift(self) -> Drift:
+        return self._serving[1]
 
     async def infer(self, samples: Sequence[Sample], budget_s: float | None = None) -> list[Answer]:
         """Answer every sample, in order. What could not be answered by the cloud is in the spool when this returns.
@@ -77,17 +95,25 @@ class Router:
         """As `infer`: the answers themselves where all stays here and the model is quick, else what has to be awaited for them."""
         started = time.perf_counter()
         check_samples(samples)
-        runtime, drift = self.runtime, self.drift  # one bundle for the whole request
         if len(samples) > _TURN or self._slow(len(samples)):
-            return self._in_turns(runtime, drift, samples, budget_s, started)
-        decisions = runtime.decide(samples)
+            return self._in_turns(*self._serving, samples, budget_s, started)
+        begun = self.decide(samples, started)
         self._pace(time.perf_counter() - started, len(samples))
-        self._note(decisions, runtime, drift)
-        away = [decision for decision in decisions if not decision.local]
-        if away:
-            return self._finish(runtime, drift, decisions, away, budget_s, started)
-        self._stats.answered(Source.LOCAL, time.perf_counter() - started, len(decisions))
-        return [decision.answer for decision in decisions]
+        return self.taken(begun, budget_s)
+
+    def decide(self, samples: Sequence[Sample], started: float) -> Begun:
+        """The device's part alone. May be called from any thread; what it returns is for `taken`, on the event loop."""
+        runtime, drift = self._serving
+        decisions = runtime.decide(samples)
+        return Begun(runtime, drift, decisions, [decision for decision in decisions if not decision.local], started)
+
+    def taken(self, begun: Begun, budget_s: float | None = None) -> list[Answer] | Coroutine[Any, Any, list[Answer]]:
+        """Note what was decided. The answers, or what has to be awaited for them."""
+        self._note(begun.decisions, begun.runtime, begun.drift)
+        if begun.away:
+            return self._finish(begun, budget_s)
+        self._stats.answered(Source.LOCAL, time.perf_counter() - begun.started, len(begun.decisions))
+        return [decision.answer for decision in begun.decisions]
 
     async def _in_turns(
         self, runtime: EdgeRuntime, drift: Drift, samples: Sequence[Sample], budget_s: float | None, started: float
@@ -101,19 +127,18 @@ class Router:
             self._note(part, runtime, drift)
             decisions += part
         away = [decision for decision in decisions if not decision.local]
-        return await self._finish(runtime, drift, decisions, away, budget_s, started)
+        return await self._finish(Begun(runtime, drift, decisions, away, started), budget_s)
 
-    async def _finish(
-        self, runtime: EdgeRuntime, drift: Drift, decisions: list[Decision], away: list[Decision], budget_s: float | None, started: float
-    ) -> list[Answer]:
+    async def _finish(self, begun: Begun, budget_s: float | None) -> list[Answer]:
         """Ask the cloud for what doesn't stay here."""
+        decisions, away, started = begun.decisions, begun.away, begun.started
         self._stats.answered(Source.LOCAL, time.perf_counter() - started, len(decisions) - len(away))
         if not away:
             return [decision.answer for decision in decisions]
         self._stats.escalations += len(away)
         if budget_s is not None:
             budget_s -= time.perf_counter() - started
-        elsewhere = iter(await self._escalate(runtime, drift, away, budget_s))
+        elsewhere = iter(await self._escalate(begun.runtime, begun.drift, away, budget_s))
         elapsed = time.perf_counter() - started
         answers = [decision.answer if decision.local else next(elsewhere) for decision in decisions]
         for source in (Source.CLOUD, Source.DEGRADED):
@@ -159,9 +184,8 @@ class Router:
 
     def swap(self, runtime: EdgeRuntime) -> None:
         """Serve `runtime` from the next request on. Another calibration begins its estimates anew."""
-        if (runtime.bundle_id, runtime.calibration) != (self.runtime.bundle_id, self.runtime.calibration):
-            self.drift = _drift(runtime)
-        self.runtime = runtime
+        same = (runtime.bundle_id, runtime.calibration) == (self.runtime.bundle_id, self.runtime.calibration)
+        self._serving = runtime, self.drift if same else _drift(runtime)
 
     async def close(self) -> None:
         """Keep what is explored and not yet in the spool."""
