@@ -25,6 +25,14 @@ Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Precision = Literal["fp32", "fp16", "int8"]
 
 
+def as_precision(name: str) -> Precision:
+    """Raises ConfigError where there is no such precision."""
+    try:
+        return msgspec.convert(name, Precision)
+    except msgspec.ValidationError:
+        raise ConfigError(f"precision {name!r} is unknown", fix="fp32, fp16 or int8") from None
+
+
 class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     sha256: Sha256
     size: Annotated[int, msgspec.Meta(ge=0)]

@@ -1,0 +1,30 @@
+"""`kcm doctor` says what runs here, what was asked for, and why the rest is skipped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import edge_kit
+
+from edge_runtime.engines.chain import BACKENDS
+
+
+def test_every_engine_is_listed_with_the_reason_that_keeps_it_from_running(kcm: Any) -> None:
+    report = json.loads(kcm("doctor", "--json")[1])
+    engines = {at["name"]: at["reason"] for at in report["engines"]}
+    assert engines.keys() == BACKENDS.keys() and engines["onnx-cpu"] == ""
+    assert all(reason for name, reason in engines.items() if "cpu" not in name), "a GPU here? then this test wants others"
+    assert report["extras"]["cpu"]["onnxruntime"] and report["problems"] == []
+    text = kcm("doctor")[1]
+    assert "onnx-cpu      can run here" in text and engines["tensorrt-rtx"] in text
+
+
+def test_a_bundle_is_loaded_as_the_edge_would(kcm: Any, tmp_path: Path) -> None:
+    bundle = edge_kit.make_bundle(tmp_path / "b")
+    assert "requested auto, CPUExecutionProvider runs it" in kcm("doctor", "--bundle", bundle)[1]
+    code, out, _ = kcm("doctor", "--bundle", bundle, "--engine", "onnx-cuda", "--json")
+    assert code == 10 and "CUDAExecutionProvider" in json.loads(out)["message"]
+    (bundle / "models" / "fp32.onnx").write_bytes(b"damaged")
+    assert kcm("doctor", "--bundle", bundle)[0] == 5
