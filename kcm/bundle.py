@@ -28,9 +28,10 @@ Precision = Literal["fp32", "fp16", "int8"]
 def as_precision(name: str) -> Precision:
     """Raises ConfigError where there is no such precision."""
     try:
-        return msgspec.convert(name, Precision)
+        precision: Precision = msgspec.convert(name, Precision)
     except msgspec.ValidationError:
         raise ConfigError(f"precision {name!r} is unknown", fix="fp32, fp16 or int8") from None
+    return precision
 
 
 class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

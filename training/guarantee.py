@@ -66,13 +66,7 @@ def promise(score: Float, small_right: Bool, large_right: Bool, thresholds: list
     if not (0.0 < max_drop < 1.0 and 0.5 <= confidence < 1.0):
         raise ValueError(f"max_drop {max_drop} must lie in 0..1, confidence {confidence} in 0.5..1")
     n, delta = len(score), 1 - confidence
-    need = samples_needed(max_drop, confidence)
-    if n < need:
-        raise DataError(
-            f"{n} labelled samples can't promise a drop of at most {100 * max_drop:g} points with {confidence:.0%} confidence: "
-            f"without a single loss it takes {need}",
-            fix="keep back more labels, or promise less: a larger drop or a lower confidence",
-        )
+    check_support(n, max_drop, confidence)
     chosen = 1.0
     tested: list[tuple[float, float, float, float]] = []
     for epsilon in thresholds:
@@ -85,19 +79,48 @@ def promise(score: Float, small_right: Bool, large_right: Bool, thresholds: list
     if chosen == 1.0:
         _, rate, drop, p = tested[-1]
         raise DataError(
-            f"no ε can be promised: with {1 - rate:.0%} of samples kept the drop is {100 * drop:.2f} points on {n} samples (p = {p:.3f})",
+            f"no ε can be promised: with {1 - rate:.0%} of samples kept the drop is {100 * drop:.2f} points on {n} samples ({shown(p)})",
             fix="train or distil the small model further, keep back more labels, or promise less",
         )
     upper = upper_bound(*counts(score, small_right, large_right, chosen), n, delta)
     return Promise(chosen, Guarantee(max_drop=max_drop, confidence=confidence, upper=upper, effective_n=float(n), method=METHOD), tested)
 
 
+def check_support(n: int, max_drop: float, confidence: float) -> None:
+    """Whether n labelled samples can support the promise at all: cheap, before any model is asked.
+
+    Raises:
+        DataError: they can't; the message says how many it takes.
+    """
+    need = samples_needed(max_drop, confidence)
+    if n < need:
+        raise DataError(
+            f"{n} labelled samples can't promise a drop of at most {100 * max_drop:g} points with {100 * confidence:g}% confidence: "
+            f"without a single loss it takes {need}",
+            fix="keep back more labels, or promise less: a larger drop or a lower confidence",
+        )
+
+
 def samples_needed(max_drop: float, confidence: float) -> int:
     """The fewest samples that can support the promise at all: those of a sample without one loss."""
-    n = max(1, int(np.log(1 - confidence) / np.log1p(-max_drop)))
-    while p_value(0, 0, n, max_drop, 1 - confidence) > 1 - confidence:
-        n += 1
-    return n
+    delta = 1 - confidence
+
+    def enough(n: int) -> bool:
+        return p_value(0, 0, n, max_drop, delta) <= delta
+
+    few = 0
+    many = max(1, int(np.log(delta) / np.log1p(-max_drop)))  # what the binomial bound takes: near, and too few
+    while not enough(many):
+        few, many = many, many + many // 8 + 1
+    while many - few > 1:
+        middle = (few + many) // 2
+        few, many = (few, middle) if enough(middle) else (middle, many)
+    return many
+
+
+def shown(p: float) -> str:
+    """A p-value for people: "p = 0.034", "p = 3.2e-05"."""
+    return f"p = {p:.3f}" if p >= 0.001 else f"p = {p:.1e}"
 
 
 def counts(score: Float, small_right: Bool, large_right: Bool, epsilon: float) -> tuple[int, int]:

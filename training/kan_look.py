@@ -18,7 +18,7 @@ from kcm.errors import ConfigError
 from training.judge import FEATURES, Judge, Predictions, features, prior
 from training.kan import Float64, KanLayer
 
-Trend = Literal["up", "down", "neither", "flat"]
+Trend = Literal["rising", "falling", "mixed", "flat"]
 
 _UNITS = {
     "entropy": "nats",
@@ -172,14 +172,14 @@ def look(judge: Judge, predictions: Predictions, points: int = 101) -> list[Edge
 
 
 def trend(curve: Float64) -> Trend:
-    """Which way a curve [P] goes: movements below a hundredth of its range don't count."""
+    """Which way a curve [P] goes as its input grows, "mixed" where it turns: movements below a hundredth of its range don't count."""
     span = float(np.ptp(curve))
     if span < 1e-6:
         return "flat"
     # How far it ever falls below what it has reached, or rises above it.
     fall = float((np.maximum.accumulate(curve) - curve).max())
     rise = float((curve - np.minimum.accumulate(curve)).max())
-    return "up" if fall <= _TOLERANCE * span else "down" if rise <= _TOLERANCE * span else "neither"
+    return "rising" if fall <= _TOLERANCE * span else "falling" if rise <= _TOLERANCE * span else "mixed"
 
 
 def bend(z: Float64, phi: Float64) -> float:

@@ -1,12 +1,13 @@
 """A training run on disk: what `kcm train` and `kcm distill` write, and calibrate, export and the next round read.
 
 run.json  small.safetensors  judge.safetensors  predictions.safetensors  examples.jsonl  calibration.json  metrics.json
-head.safetensors, where `kcm calibrate` chose a head that is fitted on outcomes
+head.safetensors, where `kcm calibrate` chose a head that is fitted on outcomes; answered.jsonl, where it weighed ε on labels
 A run of the user's own graph holds small.onnx (and tokenizer.json) in place of small.safetensors.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -31,6 +32,7 @@ from training.select import Router, Taught
 Float32 = NDArray[np.float32]
 SCHEMA = 1
 HEAD = "head.safetensors"
+ANSWERED = "answered.jsonl"
 
 
 class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +46,40 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     teacher_id: str
     seed: int
     temperature: float
+
+
+class _Row(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of answered.jsonl: ids of the true label and of the large model's answer."""
+
+    text: str
+    label: int
+    large: int
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The labelled samples [N] that ε was weighed on: label ids [N] and the large model's answers [N], under the hint's gate.
+
+    Kept for what computes other scores of them: the run in another precision.
+    """
+
+    texts: list[str]
+    labels: NDArray[np.int64]
+    large: NDArray[np.int64]
+
+    def save(self, file: Path) -> None:
+        rows = zip(self.texts, self.labels.tolist(), self.large.tolist(), strict=True)
+        building = file.with_name(f".{file.name}.building")
+        building.write_bytes(msgspec.json.Encoder().encode_lines(_Row(text=text, label=label, large=large) for text, label, large in rows))
+        building.replace(file)
+
+    @staticmethod
+    def load(file: Path) -> Answered | None:
+        """None where there is none."""
+        if not file.exists():
+            return None
+        rows = msgspec.json.Decoder(_Row).decode_lines(file.read_bytes())
+        return Answered([r.text for r in rows], np.array([r.label for r in rows], np.int64), np.array([r.large for r in rows], np.int64))
 
 
 @dataclass(frozen=True)
@@ -64,6 +100,7 @@ class Run:
     threshold: Threshold
     metrics: dict[str, Any] = field(default_factory=dict)
     head: OutcomeHead | None = None  # the head of correctness or benefit, where calibration chose one
+    answered: Answered | None = None
 
     @property
     def taught(self) -> Taught:
@@ -98,10 +135,14 @@ def run_info(task: Task, *, round_: int, parent: str, teacher_id: str, seed: int
 
 
 def save_run(folder: Path, run: Run) -> None:
-    """Write everything; run.json comes last, so that a folder without it is an unfinished run."""
+    """Write everything; run.json comes last, so that a folder without it is an unfinished run.
+
+    Raises:
+        ConfigError: the folder can't be made.
+    """
     from safetensors.numpy import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
+    made(folder)
     (folder / "run.json").unlink(missing_ok=True)
     save_small(folder, run.small)
     save_file({name: tensor.numpy() for name, tensor in run.judge.state_dict().items()}, folder / "judge.safetensors")
@@ -116,7 +157,7 @@ def save_run(folder: Path, run: Run) -> None:
 
 
 def save_calibrated(folder: Path, run: Run) -> None:
-    """Write what calibration may change: threshold, and the head that it stands on. A cut in between leaves a run that says so."""
+    """Write what calibration may change: threshold, the head and the answers it stands on. A cut in between leaves a run that says so."""
     from safetensors.numpy import save_file
 
     target = folder / HEAD
@@ -126,6 +167,10 @@ def save_calibrated(folder: Path, run: Run) -> None:
         arrays = {name: tensor.numpy() for name, tensor in run.head.state_dict().items()}
         save_file(arrays, folder / ".building")
         (folder / ".building").replace(target)
+    if run.answered is None:
+        (folder / ANSWERED).unlink(missing_ok=True)
+    else:
+        run.answered.save(folder / ANSWERED)
     building = folder / ".calibration.building"
     building.write_bytes(msgspec.json.format(msgspec.json.encode(run.threshold), indent=1))
     building.replace(folder / "calibration.json")
@@ -154,6 +199,7 @@ def load_run(folder: Path) -> Run:
         metrics = json.loads((folder / "metrics.json").read_text())
         small = load_small(folder, info.task)
         head = _load_head(folder, info.task, threshold)
+        answered = Answered.load(folder / ANSWERED)
     except (OSError, KeyError, msgspec.DecodeError, json.JSONDecodeError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{folder} can't be read as a run: {error}") from error
     return Run(
@@ -168,6 +214,7 @@ def load_run(folder: Path) -> Run:
         threshold=threshold,
         metrics=metrics,
         head=head,
+        answered=answered,
     )
 
 
@@ -203,10 +250,27 @@ def load_small(folder: Path, task: Task) -> NgramModel | EncoderHead | FixedGrap
 
 
 def next_run_folder(root: Path, verb: str) -> Path:
-    """runs/<verb>/<n>: the next free number, made."""
-    parent = root / verb
-    parent.mkdir(parents=True, exist_ok=True)
-    number = 1 + max((int(p.name) for p in parent.iterdir() if p.name.isdigit()), default=0)
-    folder = parent / str(number)
-    folder.mkdir()
+    """runs/<verb>/<n>: the next free number, made.
+
+    Raises:
+        ConfigError: it can't be made.
+    """
+    parent = made(root / verb)
+    while True:
+        number = 1 + max((int(p.name) for p in parent.iterdir() if p.name.isdigit()), default=0)
+        with contextlib.suppress(FileExistsError):  # another process took it just now
+            (parent / str(number)).mkdir()
+            return parent / str(number)
+
+
+def made(folder: Path) -> Path:
+    """`folder`, made where it isn't there.
+
+    Raises:
+        ConfigError: it can't be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder} can't be made: {error.strerror}", fix="give a folder that you may write") from error
     return folder

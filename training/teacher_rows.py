@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,23 +53,42 @@ def read_lessons(store: Path, task: Task, teacher_id: str = "", held_back: Colle
         seed: draws which rows stay where a cap leaves some out.
 
     Raises:
-        StoreError: nothing compacted, damaged, no row of this task, a row over other classes, or rows of several teachers.
+        StoreError: no store, nothing compacted, damaged, no row of this task or teacher, a row over other classes, or rows of several
+            teachers.
     """
     require("pyarrow", "train")
     found = _Found(store, task, teacher_id, held_back, seed)
-    for part in sorted((store / "parquet").glob("*.parquet")):
+    for part in parts_of(store):
         with _readable(part, store):
             for batch in _batches(part):
                 found.add(batch)
     rows = found.reservoir.rows()
     if not rows.texts:
-        holds = f"; it holds {', '.join(sorted(found.others))}" if found.others else ""
-        fix = "give the store of this task" if found.others else f"kcm store compact {store}"
-        raise StoreError(f"{store} holds nothing to learn from for task {task.id} with labels {task.label_space}{holds}", fix=fix)
+        holds, fix = found.instead()
+        raise StoreError(f"{store} holds nothing to learn from for task {task.id} with labels {task.label_space}; {holds}", fix=fix)
     teachers = sorted(found.teachers)
     if len(teachers) > 1:
         raise StoreError(f"{store} holds rows of {len(teachers)} teachers: {', '.join(teachers)}", fix="choose one with --teacher")
     return Lessons(rows.texts, rows.logits, rows.p_escalate, teachers[0], found.stored)
+
+
+def parts_of(store: Path) -> list[Path]:
+    """The Parquet parts of a store.
+
+    Raises:
+        StoreError: there is no such folder, or nothing in it is compacted.
+    """
+    if not store.is_dir():
+        raise StoreError(f"{store} is no folder: there is no teacher store", fix="give the folder that `kcm cloud --store` writes")
+    parts = sorted((store / "parquet").glob("*.parquet"))
+    if not parts:
+        raise StoreError(f"{store} holds nothing to learn from: nothing in it is compacted", fix=f"kcm store compact {store}")
+    return parts
+
+
+def counted(rows: Mapping[str, int]) -> str:
+    """How many rows each teacher answered, in words."""
+    return ", ".join(f"{teacher} ({count} row{'s' * (count != 1)})" for teacher, count in sorted(rows.items()))
 
 
 class _Found:
@@ -79,7 +99,27 @@ class _Found:
         self.reservoir = Reservoir(task.distill, len(task.labels))
         self.teachers: set[str] = set()
         self.others: set[str] = set()
+        self.answered: Counter[str] = Counter()  # rows of this task by teacher, chosen or not
+        self.waiting = 0  # rows of this task whose logits aren't filled
         self.stored = 0
+
+    def instead(self) -> tuple[str, str]:
+        """Where nothing is left to learn from: what is there, and what to do about it."""
+        if self._teacher_id and self.answered and self._teacher_id not in self.answered:
+            best = self.answered.most_common(1)[0][0]
+            return f"no row of teacher {self._teacher_id!r}, but of {counted(self.answered)}", f"--teacher {best}"
+        if self.answered:
+            reserved_too = " or reserved for calibration" if self._task.data.stream else ""
+            why = f"the rows of {counted(self.answered)} are all texts of test, calibration, selection or gold files{reserved_too}"
+            return why, f"let more samples reach the cloud, then kcm store compact {self._store}"
+        if self.waiting:
+            return (
+                f"its {self.waiting} row(s) have no logits without a hint yet",
+                f"let the cloud fill them, then kcm store compact {self._store}",
+            )
+        if self.others:
+            return f"it holds {', '.join(sorted(self.others))}", "give the store of this task"
+        return "its parts have no row", f"kcm store compact {self._store}"
 
     def add(self, batch: Any) -> None:
         """Take what is to be learnt from an Arrow batch. Texts and logits are decoded only for rows that may stay."""
@@ -113,8 +153,11 @@ class _Found:
         ours = (self._task.id, self._task.label_space)
         pairs = list(zip(about["task_id"], about["label_space"], strict=True))
         self.others.update(f"task {task} with labels {space}" for task, space in set(pairs) - {ours})
+        own = [i for i, pair in enumerate(pairs) if pair == ours]
+        self.answered.update(about["teacher_id"][i] for i in own if filled[i])
+        self.waiting += sum(not filled[i] for i in own)
         wanted = self._teacher_id
-        return [i for i, pair in enumerate(pairs) if pair == ours and filled[i] and wanted in ("", about["teacher_id"][i])]
+        return [i for i in own if filled[i] and wanted in ("", about["teacher_id"][i])]
 
     def _priority(self, about: dict[str, list[Any]], i: int) -> float:
         explored = about["purpose"][i] == Purpose.EXPLORE or 0 < about["p_escalate"][i] < 1

@@ -6,6 +6,7 @@ What escalated is there whole, of what stayed local only what was explored by ch
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from kcm.errors import StoreError, require
 from kcm.task import Task
+from training.teacher_rows import counted, parts_of
 
 Float32 = NDArray[np.float32]
 
@@ -46,23 +48,20 @@ def read_truths(store: Path, task: Task, fresh: Callable[[str], bool], teacher_i
         teacher_id: take only this teacher's rows; "" where the store holds one teacher.
 
     Raises:
-        StoreError: no such row, a damaged part, or rows of several teachers.
+        StoreError: no store, no such row, a damaged part, or rows of several teachers.
     """
     pyarrow = require("pyarrow", "train")
-    rows: list[dict[str, Any]] = []
-    for part in sorted((store / "parquet").glob("*.parquet")):
+    told: list[dict[str, Any]] = []
+    for part in parts_of(store):
         try:
-            rows += [row for row in _labelled(part) if (row["task_id"], row["label_space"]) == (task.id, task.label_space)]
+            told += [row for row in _labelled(part) if (row["task_id"], row["label_space"]) == (task.id, task.label_space)]
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise StoreError(f"{part} can't be read: {error}", fix=f"kcm store compact {store}, or restore the file") from error
-    rows = [row for row in rows if teacher_id in ("", row["teacher_id"]) and fresh(row["text"])]
+    rows = [row for row in told if teacher_id in ("", row["teacher_id"]) and fresh(row["text"])]
     rows = list({row["text"]: row for row in rows}.values())  # a text that comes twice is no second witness
     teachers = sorted({row["teacher_id"] for row in rows})
     if not rows:
-        raise StoreError(
-            f"{store} holds no truth about samples of task {task.id} that nothing was fitted on",
-            fix=f"tell the edge with Feedback(sample_id, label), then kcm store compact {store}",
-        )
+        raise _nothing(store, task, Counter(row["teacher_id"] for row in told), teacher_id)
     if len(teachers) > 1:
         raise StoreError(
             f"{store} holds rows of {len(teachers)} teachers: {', '.join(teachers)}", fix="give --large FOLDER: its rows are taken"
@@ -74,6 +73,18 @@ def read_truths(store: Path, task: Task, fresh: Callable[[str], bool], teacher_i
         weights=np.array([1 / max(row["p_escalate"], 1e-3) for row in rows], np.float32),
         teacher_id=teachers[0],
     )
+
+
+def _nothing(store: Path, task: Task, told: Counter[str], teacher_id: str) -> StoreError:
+    """Why there is no truth to read, from what was told about answers of which teacher."""
+    more = f"tell the edge with Feedback(sample_id, label), then kcm store compact {store}"
+    if not told:
+        return StoreError(f"{store} holds no truth about samples of task {task.id} with labels {task.label_space}", fix=more)
+    if teacher_id and teacher_id not in told:
+        said = f"{store} holds no truth about samples that {teacher_id} answered, but about those of {counted(told)}"
+        return StoreError(said, fix="--large FOLDER of that teacher; or no --store")
+    said = f"{store} holds no truth that is new: the runs were fitted on the texts of {counted(told)}, or may be"
+    return StoreError(said, fix=more)
 
 
 def _labelled(part: Path) -> list[dict[str, Any]]:

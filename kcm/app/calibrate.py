@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from kcm.app.progress import Steps
+from kcm.app.folders import writable
+from kcm.app.progress import Steps, left_behind
 from kcm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -78,10 +81,11 @@ def calibrate(
 
     from cloud_server.models import load_large
     from kcm.app.models import load_small_kind, one_thread
-    from kcm.app.samples import labelled_samples, under_gate, unlabelled_scores, with_truths
+    from kcm.app.samples import asked, labelled_splits, under_gate, unlabelled_scores, with_truths
     from kcm.calibration import Arm, HeadName
     from training.run import load_run, save_calibrated
     from training.select import choose
+    from training.teacher_rows import parts_of
 
     if [cloud_rate, max_drop, accuracy, below_large, epsilon].count(None) != 4:
         raise ConfigError("choose one of --cloud-rate, --max-accuracy-drop, --accuracy, --below-large and --epsilon")
@@ -92,35 +96,44 @@ def calibrate(
     one_thread()
     steps = Steps(quiet=as_json)
     loaded = load_run(run)
+    writable(run)
     kind = load_small_kind(loaded.task, steps)
     if (drop is not None or accuracy is not None or below_large is not None) and large is None:
         raise ConfigError("accuracy is weighed against the large model's answers", fix="--large FOLDER (kcm train-large makes one)")
-    model = load_large(large) if large else None
-    divided = head not in ("confidence", "max-softmax") or hint == "auto"
-    selection, labelled = labelled_samples(loaded, kind, model, steps, divided=divided)
-    samples = selection.selection if selection else None
     if store is not None:
-        samples = with_truths(loaded, kind, store, samples, model.teacher_id if model else "", steps)
-    router = choose(loaded.judge, head, samples, loaded.taught)
-    loaded = replace(loaded, head=router.outcome, threshold=msgspec.structs.replace(loaded.threshold, head=router.choice))
-    scores, source = unlabelled_scores(loaded, kind)
+        parts_of(store)  # there is one: before the large model is asked
+    with left_behind(f"{run} is as it was"):
+        selection = labelled = model = None
+        if large is not None:
+            divided = head not in ("confidence", "max-softmax") or hint == "auto"
+            chosen_on, kept_back = labelled_splits(loaded.task, divided=divided)
+            if drop is not None:
+                _check_support(len(kept_back), drop, confidence, taken=divided and not loaded.task.data.selection)
+            model = load_large(large)
+            selection, labelled = (asked(loaded, kind, model, split, steps) for split in (chosen_on, kept_back))
+        samples = selection.selection if selection else None
+        if store is not None:
+            samples = with_truths(loaded, kind, store, samples, model.teacher_id if model else "", steps)
+        router = choose(loaded.judge, head, samples, loaded.taught)
+        loaded = replace(loaded, head=router.outcome, threshold=msgspec.structs.replace(loaded.threshold, head=router.choice))
+        scores, source = unlabelled_scores(loaded, kind)
 
-    def decide(labelled: Labelled | None) -> tuple[Threshold, Promise | None]:
-        if labelled is not None and epsilon is None and cloud_rate is None:
-            return _by_labels(loaded, labelled, scores, drop=drop, confidence=confidence, accuracy=accuracy, below=below_large)
-        return _by_scores(loaded, scores, labelled, rate=cloud_rate, epsilon=epsilon), None
+        def decide(labelled: Labelled | None) -> tuple[Threshold, Promise | None]:
+            if labelled is not None and epsilon is None and cloud_rate is None:
+                return _by_labels(loaded, labelled, scores, drop=drop, confidence=confidence, accuracy=accuracy, below=below_large)
+            return _by_scores(loaded, scores, labelled, rate=cloud_rate, epsilon=epsilon), None
 
-    threshold, promise = decide(labelled)
-    gate = _with_gate(loaded, threshold, hint, no_hint, model, selection, steps).hint
-    if labelled is not None and model is not None and model.reads_hints and gate.arm != "none":
-        # What is promised is of the answers that devices will get: under this gate's hints.
-        labelled = under_gate(loaded, labelled, gate, model, steps)
         threshold, promise = decide(labelled)
-    if threshold.method in ("guarantee", "accuracy") and labelled is not None:
-        source = f"{len(labelled.split)} labelled calibration samples"
-    threshold = msgspec.structs.replace(threshold, hint=gate)
-    threshold = _with_reference(loaded, threshold, scores, labelled, model)
-    save_calibrated(run, replace(loaded, threshold=threshold))
+        gate = _with_gate(loaded, threshold, hint, no_hint, model, selection, steps).hint
+        if labelled is not None and model is not None and model.reads_hints and gate.arm != "none":
+            # What is promised is of the answers that devices will get: under this gate's hints.
+            labelled = under_gate(loaded, labelled, gate, model, steps)
+            threshold, promise = decide(labelled)
+        if threshold.method in ("guarantee", "accuracy") and labelled is not None:
+            source = f"{len(labelled.split)} labelled calibration samples"
+        threshold = msgspec.structs.replace(threshold, hint=gate)
+        threshold = _with_reference(loaded, threshold, scores, labelled, model)
+    save_calibrated(run, replace(loaded, threshold=threshold, answered=labelled.answered if labelled else None))
     if as_json:
         typer.echo(json.dumps({**msgspec.to_builtins(threshold), "source": source, "curve": _curve(loaded, scores, labelled)}))
         return
@@ -145,6 +158,26 @@ def parse_drop(text: str) -> float:
     return value
 
 
+def _check_support(samples: int, drop: float, confidence: float, *, taken: bool) -> None:
+    """Raises DataError where so few samples can't promise it: before the large model is asked about each."""
+    from training.guarantee import check_support
+
+    with _taken(taken):
+        check_support(samples, drop, confidence)
+
+
+@contextmanager
+def _taken(taken: bool) -> Iterator[None]:
+    """Adds to the fix of a promise that isn't made, where the choice of head and hint took a part of its samples."""
+    try:
+        yield
+    except DataError as error:
+        if not taken:
+            raise
+        more = "; or --head confidence --hint candidates, which leave the selection samples to the promise"
+        raise DataError(error.message, fix=f"{error.fix}{more}") from None
+
+
 def _by_labels(
     run: Run,
     labelled: Labelled,
@@ -160,13 +193,8 @@ def _by_labels(
 
     score, small, big = run.score(labelled.predictions), labelled.small_right, labelled.large_right
     if drop is not None:
-        try:
+        with _taken(bool(run.threshold.head.samples) and not run.task.data.selection):
             made = promise(score, small, big, sequence(scores), max_drop=drop, confidence=confidence)
-        except DataError as error:
-            if run.threshold.head.samples and not run.task.data.selection:
-                more = "; or --head confidence --hint candidates, which leave the selection samples to the promise"
-                raise DataError(error.message, fix=f"{error.fix}{more}") from None
-            raise
         return for_promise(score, small, big, made), made
     target = accuracy if accuracy is not None else float(big.mean()) - (below or 0.0)
     return for_accuracy(score, small, big, target), None
@@ -263,8 +291,10 @@ def _table(curve: dict[str, dict[str, Any]], promise: Promise | None) -> str:
             line += f"   {at['accuracy']:.1%} [{low:.1%}, {high:.1%}]"
         lines.append(line)
     if promise is not None:
+        from training.guarantee import shown
+
         _, calls, drop, p = promise.tested[-1]
         kept = len(promise.tested) - (p > 1 - promise.guarantee.confidence)
-        last = f"{calls:.0%} calls, drop {100 * drop:+.2f} points, p = {p:.3f}"
+        last = f"{calls:.0%} calls, drop {100 * drop:+.2f} points, {shown(p)}"
         lines.append(f"tested {len(promise.tested)} thresholds from the safe end, {kept} hold; the last: {last}")
     return "\n".join(lines)

@@ -3,24 +3,52 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points, requires, version
 from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from kcm.errors import KcmError, MissingExtraError
 
 _HELP = """A small model on the device, a large one in the cloud, and a judge between them.
 
 First time: kcm demo. Your own data: kcm init DIR --train FILE.csv, then kcm simulate --task DIR.
-Exit codes: 0 well, 1 a bug, 2 wrong usage, 3 configuration, 4 data, 5 bundle, 6 verification, 7 missing extra, 8 unavailable, 9 store.
+Exit codes: 0 well, 1 a bug, 2 wrong usage, 3 configuration, 4 data, 5 bundle, 6 verification, 7 missing extra, 8 unavailable, 9 store,
+130 interrupted (Ctrl-C), 141 nobody reads the output any more.
 """
+
+
+class _Cut(Exception):
+    """Carries Ctrl-C or a closed pipe past click, which would end with 1, or without a word."""
+
+
+@contextmanager
+def _past_click() -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, BrokenPipeError) as cause:
+        raise _Cut from cause
+
+
+class _Verbs(TyperGroup):
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        with _past_click():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _past_click():
+            return super().invoke(ctx)
 
 
 def build(verb: str = "") -> typer.Typer:
     """The application with all verbs, or with the one that will run: the others needn't be imported for it."""
-    app = typer.Typer(help=_HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app = typer.Typer(cls=_Verbs, help=_HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.callback()(_root)
     found = sorted(entry_points(group="kcm.verbs"), key=lambda e: e.name)
     for entry in [e for e in found if e.name == verb] or found:
@@ -74,6 +102,34 @@ def _missing(error: ModuleNotFoundError) -> Exception:
 
 def main() -> None:
     """Run a verb. A KcmError becomes one message and its own exit code; with --json, a JSON object on stdout."""
+    try:
+        _run()
+    except (_Cut, KeyboardInterrupt, BrokenPipeError) as cut:
+        cause = cut.__cause__ if isinstance(cut, _Cut) else cut
+        if isinstance(cause, KeyboardInterrupt):
+            # What is left, where the verb knows (kcm.app.progress.left_behind).
+            line = "; ".join(["interrupted", *map(str, cause.args)])
+            typer.echo(f"\n{line}" if sys.stderr.isatty() else line, err=True)
+            sys.exit(130)
+        assert isinstance(cause, BrokenPipeError)
+        if not _unread():
+            raise cause from None  # some other pipe: a bug
+        sys.exit(141)
+
+
+def _unread() -> bool:
+    """Whether nobody reads stdout or stderr any more. What is still to be flushed there at the end then goes nowhere."""
+    gone = False
+    for stream in (sys.stdout, sys.stderr):
+        watch = select.poll()
+        watch.register(stream.fileno(), 0)
+        if any(event & select.POLLERR for _, event in watch.poll(0)):
+            gone = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return gone
+
+
+def _run() -> None:
     try:
         try:
             build(sys.argv[1] if len(sys.argv) > 1 else "")()

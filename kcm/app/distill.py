@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from kcm.app.folders import claim
-from kcm.app.progress import Steps
+from kcm.app.folders import RUNS, claim, claim_run, writable
+from kcm.app.progress import Steps, left_behind
 from kcm.errors import ConfigError, DataError, VerifyError
 
 if TYPE_CHECKING:
@@ -63,12 +63,12 @@ def distill(
 
     one_thread()
     steps = Steps()
-    if out is not None:
-        if out.resolve() == run.resolve():
-            raise ConfigError(f"{out} is the run to distil from", fix="give another --out")
-        claim(out, "run.json", force=force)
+    if out is not None and out.resolve() == run.resolve():
+        raise ConfigError(f"{out} is the run to distil from", fix="give another --out")
+    claim_run(out, "distill", "run.json", force=force)
     if bundle is not None:
         claim(bundle, MANIFEST, force=force)
+        writable(bundle.parent)  # the bundle is made beside its place
     previous = load_run(run)
     task = with_method(previous.task, method) if method else previous.task
     train, test, gold = load_split(task, "train"), _optional(task, "test"), _optional(task, "gold")
@@ -76,27 +76,29 @@ def distill(
         raise DataError(f"{len(shared)} text(s) of {task.data.gold} are in {task.data.train}, too", fix="take them out of one of the two")
     lessons = read_lessons(store, task, teacher, held_back_texts(task), seed=seed)
     steps(f"{len(lessons.texts)} of the {lessons.stored} rows that {lessons.teacher_id} answered are to be learnt from")
-    kind = load_small_kind(task, steps)
-    new = distil_run(
-        previous,
-        kind,
-        train,
-        test,
-        lessons.texts,
-        lessons.logits,
-        parent=_bundle_of(previous, run),
-        teacher_id=lessons.teacher_id,
-        gauge=_gauge(task, large, steps) if large else None,
-        seed=seed,
-        progress=steps,
-        p_escalate=lessons.p_escalate,
-        method=method,
-    )
-    new = recalibrated(new, previous, kind)
-    verdict = gate(previous, new, kind, gold, large_logits(large, gold, steps) if large and gold else None)
+    with left_behind(f"no run was written, {run} is as it was"):
+        kind = load_small_kind(task, steps)
+        new = distil_run(
+            previous,
+            kind,
+            train,
+            test,
+            lessons.texts,
+            lessons.logits,
+            parent=_bundle_of(previous, run),
+            teacher_id=lessons.teacher_id,
+            gauge=_gauge(task, large, steps) if large else None,
+            seed=seed,
+            progress=steps,
+            p_escalate=lessons.p_escalate,
+            method=method,
+        )
+        new = recalibrated(new, previous, kind)
+        verdict = gate(previous, new, kind, gold, large_logits(large, gold, steps) if large and gold else None)
     new.metrics["gate"] = {**verdict, "overridden": not gated}
-    folder = out or next_run_folder(Path("runs"), "distill")
-    save_run(folder, new)
+    folder = out or next_run_folder(RUNS, "distill")
+    with left_behind(f"{folder} is unfinished"):
+        save_run(folder, new)
     if not as_json:
         typer.echo(before_after(previous, new))
         typer.echo(threshold_change(previous, new))
@@ -105,7 +107,8 @@ def distill(
     if bundle:
         from kcm.app.export import export_run
 
-        export_run(folder, bundle, force=force)
+        with left_behind(f"the new run is in {folder}, no bundle was written; kcm export {folder} --out {bundle}"):
+            export_run(folder, bundle, force=force)
     if as_json:
         typer.echo(json.dumps({"run": str(folder), "before": previous.metrics, "after": new.metrics}))
         return

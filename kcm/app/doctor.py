@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,8 +71,6 @@ def _problems() -> list[str]:
         others = sorted(set(owners.get(name, [])) - {"kcm"})
         if others:
             found.append(f"the top-level package {name!r} belongs to {', '.join(others)} too: give kcm an environment of its own")
-    if sys.version_info < (3, 10):
-        found.append("Python 3.10 or newer is needed")
     return found
 
 

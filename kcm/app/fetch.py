@@ -21,7 +21,8 @@ from pathlib import Path
 import typer
 
 from kcm import assets
-from kcm.errors import DataError, UnavailableError
+from kcm.app.folders import writable
+from kcm.errors import ConfigError, DataError, UnavailableError
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ def fetch(
     if unknown := [name for name in names if name not in known]:
         raise DataError(f"unknown asset {unknown[0]!r}", fix=f"one of {', '.join(known)}")
     for name in names:
+        _check_cache(_target(name))
+    for name in names:
         carrier, make = known[name]
         if _target(name).exists() and not force:
             typer.echo(f"{name}: already at {_target(name)}")
@@ -100,6 +103,14 @@ def fetch(
         if name == "minilm":
             _prepare_words()
         typer.echo(f"{name}: at {_target(name)}")
+
+
+def _check_cache(target: Path) -> None:
+    """Raises ConfigError where nothing can be put there: before the download."""
+    try:
+        writable(target.parent)
+    except ConfigError as error:
+        raise ConfigError(f"the cache: {error.message}", fix="export KCM_CACHE=FOLDER   one that you may write") from error
 
 
 def _prepare_words() -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import typer
 
+from kcm.app.folders import writable
 from kcm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ epsilon = 0.98         # until `kcm calibrate` chooses one on your data
 kind = "encoder"       # a transformers encoder with a head fitted on large_train; "causal" scores labels with a language model
 model = "minilm"       # `kcm fetch minilm`, or a folder
 max_tokens = 128
+hint_dropout = 0.0     # 0: it never sees a hint. Above: it learns to read them, and this share of its rows goes without (try 0.3)
 
 [prompt]
 # What the large model reads beside the text. {{hint}} is one of two sentences, or empty where the hint gate withholds it:
@@ -87,7 +89,9 @@ def init(
     from kcm.task import load_task
     from training.data import label_names, load_split
 
-    file = folder / "task.toml"
+    file = writable(folder) / "task.toml"
+    if file.is_dir():
+        raise ConfigError(f"{file} is a folder", fix="give another DIR")
     before = file.read_bytes() if file.exists() else None
     if before is not None and not force:
         raise ConfigError(f"{file} exists", fix="--force overwrites it")

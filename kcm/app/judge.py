@@ -48,6 +48,9 @@ def show(
     the least and the most that it adds to the outcome's logit, around its mean. bend: 0 is a straight line. Several layers have
     hidden nodes h1, h2, ...; each layer's shares sum to 1.
 
+    trend: "rising", the larger the input is, the more it speaks for the outcome; "falling", the less; "mixed", it turns on the way;
+    "flat", it says nothing.
+
     Try it: kcm judge show runs/train/1
             kcm judge show runs/train/1 --prune 0.01 --save pruned
     """
@@ -196,6 +199,7 @@ def table(result: dict[str, Any], top: int) -> str:
     if len(edges) > top:
         rest = sum(e["share"] for e in edges[top:]) / layers
         lines.append(f"{len(edges) - top} more edges hold {rest:.0%}; --top {len(edges)} lists them")
+    lines.append("trend: as the input grows, it speaks more (rising) or less (falling) for the outcome, first one then the other (mixed)")
     lines += ["", f"{'input':31}  moves C_x by (sd, points)"]
     lines += [f"{e['input']:31} {100 * e['spread']:6.2f}" for e in result["effects"]]
     if cut := result["pruned"]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kcm.app.folders import writable
 from kcm.assets import cache_dir, model_path
 from kcm.errors import ConfigError, require
 from kcm.task import Task
@@ -60,6 +61,7 @@ def word_vectors(task: Task, progress: Progress) -> WordVectors:
     if not file.exists():
         from cloud_server.models.encoder import Encoder
 
+        writable(file.parent)
         words = _vocabulary(folder)
         progress(f"word vectors: {len(words)} words through {folder.name}, once")
         vectors = Encoder(folder, max_tokens=16).embed(words)

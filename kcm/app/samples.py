@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
     from cloud_server.models import LargeModel
     from kcm.calibration import HintGate
+    from kcm.task import Task
     from training.data import Split
     from training.judge import Predictions
-    from training.run import Run
+    from training.run import Answered, Run
     from training.select import Selection
     from training.small import Small
 
@@ -47,43 +48,42 @@ class Labelled:
         return same
 
     @property
+    def answered(self) -> Answered:
+        from training.run import Answered
+
+        return Answered(self.split.texts, self.split.y, self.large.argmax(1))
+
+    @property
     def selection(self) -> Selection:
         from training.select import Selection
 
         return Selection(self.predictions, self.large, self.split.y)
 
 
-def labelled_samples(
-    run: Run, kind: Small, large: LargeModel | None, steps: Steps, *, divided: bool
-) -> tuple[Labelled | None, Labelled | None]:
-    """(selection, calibration) samples with both models' outputs; None where there is no large model to ask.
+def labelled_splits(task: Task, *, divided: bool) -> tuple[Split | None, Split]:
+    """(selection, calibration) samples with their labels, no text in both; the first is None where nothing is to be chosen.
 
     Raises:
-        DataError: a large model was given, and the task names no calibration file.
+        DataError: the task names no calibration file.
     """
     from training.calibrate import distinct, divide
     from training.data import load_split
 
-    data = run.task.data
-    if large is None:
-        return None, None
-    whole = distinct(load_split(run.task, "calibration"))
-    first, rest = None, whole
-    if data.selection:
-        first = distinct(load_split(run.task, "selection"))
+    whole = distinct(load_split(task, "calibration"))
+    if task.data.selection:
+        first = distinct(load_split(task, "selection"))
         shared = set(first.texts)
-        rest = whole.take([i for i, text in enumerate(whole.texts) if text not in shared])
-    elif divided:
-        first, rest = divide(whole)
-    parts: list[Labelled | None] = []
-    for split in (first, rest):
-        if split is None or len(split) == 0:
-            parts.append(None)
-            continue
-        steps(f"large model: {len(split)} labelled samples")
-        answers = large.logits(split.texts, [None] * len(split))
-        parts.append(Labelled(split, kind.predict(run.small, kind.featurise(split.texts)), answers))
-    return parts[0], parts[1]
+        return first, whole.take([i for i, text in enumerate(whole.texts) if text not in shared])
+    return divide(whole) if divided else (None, whole)
+
+
+def asked(run: Run, kind: Small, large: LargeModel, split: Split | None, steps: Steps) -> Labelled | None:
+    """The samples with both models' outputs; None where there are none."""
+    if split is None or len(split) == 0:
+        return None
+    steps(f"large model: {len(split)} labelled samples")
+    answers = large.logits(split.texts, [None] * len(split))
+    return Labelled(split, kind.predict(run.small, kind.featurise(split.texts)), answers)
 
 
 def with_truths(run: Run, kind: Small, store: Path, samples: Selection | None, teacher_id: str, steps: Steps) -> Selection:

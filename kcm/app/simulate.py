@@ -10,7 +10,8 @@ from typing import Any
 
 import typer
 
-from kcm.app.progress import Steps
+from kcm.app.folders import claim_file
+from kcm.app.progress import Steps, left_behind
 
 
 def simulate(
@@ -25,7 +26,7 @@ def simulate(
     methods: str = typer.Option("", "--methods", help="Distil by each of these on the same seeds, as d,kd,mcm,kcm; else by the task's."),
     floor: bool = typer.Option(True, "--floor/--no-floor", help="Run the TF-IDF + linear + max-softmax baseline beside."),
     as_json: bool = typer.Option(False, "--json", help="Print the result as JSON on stdout."),
-    out: Path = typer.Option(None, "--out", help="Also write the JSON to this file."),
+    out: Path = typer.Option(None, "--out", help="Also write the JSON to this file; a result of an earlier time is replaced."),
 ) -> None:
     """Rounds 0..N of the closed loop on a task with train, large_train, stream and test files, no server involved.
 
@@ -36,11 +37,13 @@ def simulate(
     from kcm.task import with_method
     from training.simulate import SeedResult, compare_methods, simulate_seed, summarise
 
+    if out is not None:
+        claim_file(out)
     steps = Steps()
     started = time.monotonic()
     asked = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip())) or [""]
     results: dict[str, list[SeedResult]] = {name: [] for name in asked}
-    with tempfile.TemporaryDirectory() as scratch:
+    with left_behind("no result was written"), tempfile.TemporaryDirectory() as scratch:
         setting = load_setting(
             task, large=large, rounds=rounds, share=share, epsilon=epsilon, floor=floor, scratch=Path(scratch), steps=steps
         )
@@ -57,7 +60,6 @@ def simulate(
         summary |= {"methods": {name: summarise(of_name) for name, of_name in results.items()}, "paired": compare_methods(results)}
     text = json.dumps(summary)
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text)
     typer.echo(text if as_json else method_table(summary) if "methods" in summary else table(summary))
 

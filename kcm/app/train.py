@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kcm.app.folders import claim
-from kcm.app.progress import Steps
+from kcm.app.folders import RUNS, claim, claim_run
+from kcm.app.progress import Steps, left_behind
 
 if TYPE_CHECKING:
     from kcm.task import Task
@@ -40,15 +40,16 @@ def train(
 
     one_thread()
     steps = Steps()
-    if out is not None:
-        claim(out, "run.json", force=force)
+    claim_run(out, "train", "run.json", force=force)
     loaded = load_task(task_path(task))
     train_split = load_split(loaded, "train")
     test = _test(loaded)
-    kind = load_small_kind(loaded, steps)
-    run = train_run(loaded, kind, train_split, test, seed=seed, progress=steps)
-    folder = out or next_run_folder(Path("runs"), "train")
-    save_run(folder, run)
+    with left_behind("no run was written"):
+        kind = load_small_kind(loaded, steps)
+        run = train_run(loaded, kind, train_split, test, seed=seed, progress=steps)
+    folder = out or next_run_folder(RUNS, "train")
+    with left_behind(f"{folder} is unfinished"):
+        save_run(folder, run)
     _report(folder, run, as_json, f"next: kcm calibrate {folder} --cloud-rate 0.3, then kcm export {folder} --out BUNDLE")
 
 
@@ -72,9 +73,11 @@ def train_large(
     claim(out, "large.json", force=force)
     loaded = load_task(task_path(task))
     split = load_split(loaded, "large_train" if loaded.data.large_train else "train") if loaded.large.kind == "encoder" else None
-    model = LargeInProcess(loaded, out, split, steps)
+    with left_behind("no large model was written"):
+        model = LargeInProcess(loaded, out, split, steps)
     test = _test(loaded)
-    accuracy = None if test is None or split is None else float((model.logits(test.texts).argmax(1) == test.y).mean())
+    with left_behind(f"the large model is in {out}, not measured on test"):
+        accuracy = None if test is None or split is None else float((model.logits(test.texts).argmax(1) == test.y).mean())
     if as_json:
         typer.echo(json.dumps({"folder": str(out), "test_accuracy": accuracy}))
     else:

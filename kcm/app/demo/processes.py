@@ -8,7 +8,7 @@ import selectors
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kcm.errors import UnavailableError
@@ -25,10 +25,21 @@ def running(verb: str, *arguments: str, log: Path) -> Iterator[str]:
         UnavailableError: it ended, or wasn't ready in time; the last line of its log says why.
     """
     command = [sys.executable, "-m", "kcm.app", verb, *arguments, "--json"]
+    with started(command, f"kcm {verb}", log) as (_, address):
+        yield address
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str], name: str, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """The same of any command that says {"ready": ADDRESS} on its first line; yields the process, too.
+
+    Raises:
+        UnavailableError: as `running`.
+    """
     with log.open("ab") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors)
         try:
-            yield _ready(process, verb, log)
+            yield process, _ready(process, name, log)
         finally:
             process.terminate()
             try:
@@ -40,7 +51,7 @@ def running(verb: str, *arguments: str, log: Path) -> Iterator[str]:
             process.stdout.close()
 
 
-def _ready(process: subprocess.Popen[bytes], verb: str, log: Path) -> str:
+def _ready(process: subprocess.Popen[bytes], name: str, log: Path) -> str:
     assert process.stdout is not None
     end = time.monotonic() + _START_S
     with selectors.DefaultSelector() as selector:
@@ -52,5 +63,5 @@ def _ready(process: subprocess.Popen[bytes], verb: str, log: Path) -> str:
                     return str(json.loads(line)["ready"])
                 process.wait()
                 last = (log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1]
-                raise UnavailableError(f"kcm {verb} ended with code {process.returncode}: {last}", fix=f"see {log}")
-    raise UnavailableError(f"kcm {verb} wasn't ready within {_START_S:.0f} s", fix=f"see {log}")
+                raise UnavailableError(f"{name} ended with code {process.returncode}: {last}", fix=f"see {log}")
+    raise UnavailableError(f"{name} wasn't ready within {_START_S:.0f} s", fix=f"see {log}")

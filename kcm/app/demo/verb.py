@@ -27,6 +27,7 @@ def demo(
     """
     from kcm.app.demo.report import summary, table, write_report
     from kcm.app.demo.steps import Demo, Sizes
+    from kcm.app.folders import RUNS, writable
     from kcm.app.models import one_thread
     from kcm.app.progress import Steps
     from kcm.assets import task_path
@@ -38,7 +39,8 @@ def demo(
     loaded = load_task(task_path(task))
     if missing := [name for name in ("train", "large_train", "stream", "calibration", "test") if not getattr(loaded.data, name)]:
         raise ConfigError(f"the demo needs all five data files; task {loaded.id} has no {missing[0]}", fix="add it under [data]")
-    folder = (out or next_run_folder(Path("runs"), "demo")).resolve()
+    writable(out or RUNS / "demo")
+    folder = (out or next_run_folder(RUNS, "demo")).resolve()
     if (folder / "edge").exists():
         raise ConfigError(f"{folder} holds an earlier demo", fix="choose another --out")
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,8 @@ eval.json, schema 1. A FIGURE is {mean, sd, low, high, values}: sd over several 
 95 % interval of a single one, values how many were defined; what is undefined is null. Shares and accuracies are 0..1.
 
 kcm_version, command, task, labels, judge, small, head, length_escalates, cost, seconds, warnings
-runs[]             folder, seed, round, fitted_on, epsilon (how, for which target), head, what call rates are read off and how many
+runs[]             folder, seed, round, fitted_on, epsilon (how, for which target), head, what call rates are read off and how many,
+                   calibrated_with and learnt_from (teacher ids of large models, "" where none was asked)
 large, samples     the large model's folder and ids; test and labelled calibration samples
 systems{name}      kcm, its equal-size twin (mlp or kan), tempered, max-softmax, entropy, margin, length, random, oracle; and
                    "confidence" (C_x) where another head routes
@@ -131,6 +132,8 @@ def _run(e: Evaluated) -> Json:
         "head": threshold.head.head,
         "calibrated_on": source,
         "calibration_samples": samples,
+        "calibrated_with": threshold.teacher_id,
+        "learnt_from": e.run.info.teacher_id,
     }
 
 
@@ -202,6 +205,20 @@ def _percentiles(milliseconds: list[float], measured_on: str) -> Json:
     return {"p50_ms": p50, "p99_ms": p99, "samples": len(milliseconds), "measured_on": measured_on, "milliseconds": rounded}
 
 
+def _other_teachers(done: Sequence[Evaluated], large: Large) -> list[str]:
+    """Where the large model that is asked here isn't the one that the runs know."""
+    found, here = [], large.model.teacher_id
+    if others := sorted({e.run.threshold.teacher_id for e in done} - {"", here}):
+        promised = "; the promise on accuracy doesn't hold for this one" if any(e.run.threshold.guarantee for e in done) else ""
+        fix = "kcm calibrate RUN --large FOLDER of this one, or evaluate with the other"
+        found.append(f"the large model here is {here}, ε was calibrated with {', '.join(others)}{promised}: {fix}")
+    elif prompts := sorted({e.run.threshold.prompt_id for e in done if e.run.threshold.teacher_id} - {"", large.model.prompt_id}):
+        found.append(f"the large model reads prompt {large.model.prompt_id} here, ε was calibrated with {', '.join(prompts)}")
+    if others := sorted({e.run.info.teacher_id for e in done} - {"", here}):
+        found.append(f"the large model here is {here}, the small model learnt from {', '.join(others)}")
+    return found
+
+
 def _warnings(done: Sequence[Evaluated], test: Split, large: Large, result: Json) -> list[str]:
     """What a reader should know before trusting a figure."""
     task, found = done[0].run.task, []
@@ -232,6 +249,7 @@ def _warnings(done: Sequence[Evaluated], test: Split, large: Large, result: Json
         found.append(f"{known} test texts are also texts that the run was fitted on: its figures are too good")
     if any(e.run.threshold.method == "fixed" for e in done):
         found.append("a run's ε was set by hand, not calibrated: kcm calibrate RUN --cloud-rate 0.3")
+    found += _other_teachers(done, large)
     small, strong = result["references"]["always-small"]["accuracy"]["mean"], result["references"]["always-large"]["accuracy"]["mean"]
     if result["systems"][OURS]["apgr"]["values"] < len(done):
         found.append(

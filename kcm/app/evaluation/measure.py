@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import time
 import uuid
 import zlib
@@ -73,7 +74,10 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
         if run.task.id != first.task.id or run.task.label_space != first.task.label_space:
             raise ConfigError(f"{folder} is of task {run.task.id}, {folders[0]} of task {first.task.id}", fix="give runs of one task")
         if run.info.round != first.info.round:
-            raise ConfigError(f"{folder} is round {run.info.round}, {folders[0]} round {first.info.round}", fix="evaluate them one by one")
+            raise ConfigError(
+                f"{folder} is round {run.info.round}, {folders[0]} round {first.info.round}: several runs are seeds of one round",
+                fix=_by_round(folders, runs),
+            )
         tables = _TABLES if run.info.round == 0 else (*_TABLES, "distill")
         if other := [name for name in tables if getattr(run.task, name) != getattr(first.task, name)]:
             raise ConfigError(
@@ -85,6 +89,15 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
                 fix="kcm calibrate RUN --head NAME   gives them the same head",
             )
     return runs
+
+
+def _by_round(folders: Sequence[Path], runs: Sequence[Run]) -> str:
+    """The command per round that evaluates its runs."""
+    rounds: dict[int, list[str]] = {}
+    for folder, run in zip(folders, runs, strict=True):
+        rounds.setdefault(run.info.round, []).append(shlex.quote(str(folder)))
+    commands = [f"kcm eval {' '.join(of_round)} --large FOLDER" for _, of_round in sorted(rounds.items())]
+    return "\n       ".join(["a report per round, to lay side by side:", *commands])
 
 
 class Large:
@@ -241,7 +254,8 @@ def local_latency(run: Run, kind: Small, texts: Sequence[str]) -> tuple[list[flo
 
 def _local(run: Run, kind: Small) -> tuple[Callable[[str], object], str]:
     try:
-        from export.bundle import CANDIDATES, fuse, tokenizer_json
+        from export.bundle import CANDIDATES, fuse
+        from export.precisions import tokenizer_json
         from export.session import Session
 
         session = Session(fuse(run, min(CANDIDATES, len(run.task.labels))))

@@ -29,9 +29,9 @@ def evaluate(
     from kcm.app.evaluation.assemble import assemble
     from kcm.app.evaluation.measure import load_runs
     from kcm.app.evaluation.report import RESULT, table, write
-    from kcm.app.folders import claim
+    from kcm.app.folders import RUNS, claim_run, writable
     from kcm.app.models import one_thread
-    from kcm.app.progress import Steps
+    from kcm.app.progress import Steps, left_behind
     from kcm.errors import require
     from training.run import next_run_folder
 
@@ -39,10 +39,12 @@ def evaluate(
         require(module, "train")  # now, not after the work
     one_thread()
     steps = Steps(quiet=as_json)
+    claim_run(out, "eval", RESULT, force=force)
     if out is not None:
-        claim(out, RESULT, force=force)
-    result = assemble(runs, load_runs(runs), large, steps)
-    folder = out or next_run_folder(Path("runs"), "eval")
+        writable(out.parent)  # the report is made beside its place
+    with left_behind("no report was written"):
+        result = assemble(runs, load_runs(runs), large, steps)
+    folder = out or next_run_folder(RUNS, "eval")
     building = folder.with_name(f".{folder.name}.building")
     try:
         shutil.rmtree(building, ignore_errors=True)

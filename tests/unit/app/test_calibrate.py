@@ -93,7 +93,20 @@ def test_a_promise_that_the_labels_cannot_support_is_refused_and_nothing_is_writ
     with pytest.raises(DataError, match="can't promise a drop of at most 1 points") as error:
         calibrate(run, "--max-accuracy-drop", "1pt", "--large", large)
     assert "301" in str(error.value) and "--head confidence" in str(error.value)
+    with pytest.raises(DataError, match=r"with 99.99% confidence: without a single loss") as error:
+        calibrate(run, "--max-accuracy-drop", "1pt", "--large", large, "--head", "confidence", "--hint", "none", "--confidence", 0.9999)
+    assert "--head" not in error.value.fix
     assert (run / "calibration.json").read_bytes() == before
+
+
+def test_too_few_labels_are_said_before_a_model_is_loaded(run: Path, tmp_path: Path) -> None:
+    """A folder without a large model would be the next error."""
+    with pytest.raises(DataError, match="can't promise"):
+        calibrate(run, "--max-accuracy-drop", "1pt", "--large", tmp_path)
+    with pytest.raises(ConfigError, match="is no large model"):
+        calibrate(run, "--max-accuracy-drop", "20pt", "--large", tmp_path)
+    with pytest.raises(StoreError, match="nothing in it is compacted"):
+        calibrate(run, "--cloud-rate", 0.3, "--large", tmp_path, "--store", tmp_path)
 
 
 def test_a_promise_that_holds_says_what_it_is_worth(run: Path, large: Path) -> None:
@@ -168,7 +181,7 @@ def test_truths_that_applications_told_choose_the_head(run: Path, tmp_path: Path
     assert head["samples"] == len(told) and set(head["evidence"]) == {"confidence", "max-softmax", "correctness", "benefit"}  # type: ignore[index,arg-type]
     again = load_run(run)
     assert again.threshold.head.head == head["head"]  # type: ignore[index]
-    with pytest.raises(StoreError, match="holds no truth"):
+    with pytest.raises(StoreError, match="nothing is no folder"):
         calibrate(run, "--cloud-rate", 0.3, "--store", tmp_path / "nothing")
 
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import entry_points, version
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tiny_kit import sentences, write_csv
 
 from kcm.errors import (
     BundleError,
@@ -216,3 +222,154 @@ def test_train_numbers_its_runs_and_says_what_comes_next(
     assert said["run"] == "runs/train/2" and said["test"]["samples"] == 200
     metrics = json.loads((tmp_path / "runs" / "train" / "1" / "metrics.json").read_text())
     assert metrics["test"] == said["test"]
+
+
+PROGRAM = str(Path(sys.executable).with_name("kcm"))
+NOWHERE = "/proc/kcm"  # refuses even an administrator
+
+
+def test_what_can_not_be_written_is_3_before_the_work(kcm: Kcm, tiny_task: Path, tiny_run_dir: Path, tmp_path: Path) -> None:
+    """Every verb that writes, and no step of its work before the word; a result that isn't ours stays."""
+    run = shutil.copytree(tiny_run_dir, tmp_path / "run")
+    (tmp_path / "file").write_text("mine")
+    commands = [
+        ("train", "--task", tiny_task),
+        ("train-large", "--task", tiny_task),
+        ("export", run),
+        ("judge", "show", run),
+        ("eval", run, "--large", tmp_path),
+        ("distill", run, "--store", tmp_path),
+        ("simulate", "--task", tiny_task),
+    ]
+    for command in commands:
+        for out in (tmp_path / "file" / "x" / "y", f"{NOWHERE}/x"):
+            code, printed, err = kcm(*command, "--out", out)
+            assert (code, printed) == (3, ""), (command, err)
+            assert err.startswith("error: ") and "can't be made" in err and "folder that you may write" in err, (command, err)
+    code, _, err = kcm("distill", run, "--store", tmp_path, "--out", tmp_path / "r", "--bundle", f"{NOWHERE}/b")
+    assert code == 3 and "can't be made" in err
+    code, _, err = kcm("judge", "show", run, "--prune", "0.1", "--save", f"{NOWHERE}/b")
+    assert code == 3 and "can't be made" in err
+    code, _, err = kcm("simulate", "--task", tiny_task, "--out", tmp_path / "file")
+    assert code == 3 and err.startswith("error: ") and "is not replaced" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"] and (tmp_path / "file").read_text() == "mine"
+
+
+def test_without_out_the_runs_folder_is_checked_before_the_work(
+    kcm: Kcm, tiny_task: Path, tiny_run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").touch()
+    for command in (
+        ("train", "--task", tiny_task),
+        ("eval", tiny_run_dir, "--large", tmp_path),
+        ("distill", tiny_run_dir, "--store", tmp_path),
+    ):
+        code, _, err = kcm(*command)
+        assert code == 3 and err.startswith("error: runs/") and "runs is a file" in err, (command, err)
+
+
+def test_a_task_or_cache_folder_that_can_not_be_made_is_3(
+    kcm: Kcm, tiny_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = kcm("init", f"{NOWHERE}/task", "--train", tiny_task / "train.csv")
+    assert code == 3 and "can't be made" in err
+    (tmp_path / "task.toml").mkdir()
+    code, _, err = kcm("init", tmp_path, "--train", tiny_task / "train.csv", "--force")
+    assert code == 3 and "task.toml is a folder" in err
+    monkeypatch.setenv("KCM_CACHE", NOWHERE)
+    code, out, err = kcm("fetch", "minilm")
+    assert (code, out) == (3, "") and "the cache: " in err and "fix: export KCM_CACHE=FOLDER" in err
+
+
+def test_calibrate_of_a_run_that_can_not_be_written_is_3_before_the_work(kcm: Kcm, tiny_run_dir: Path) -> None:
+    with as_reader(tiny_run_dir) as run:
+        for command in (("calibrate", run, "--cloud-rate", "0.3"), ("export", run, "--out", run.parent / "open" / "b")):
+            code, out, err = kcm(*command)
+            assert (code, out) == (3, "") and err.startswith("error: ") and "Permission denied" in err, err
+
+
+@contextmanager
+def as_reader(source: Path) -> Iterator[Path]:
+    """A copy of a folder that this process may read, not write; an administrator becomes nobody meanwhile."""
+    with tempfile.TemporaryDirectory() as scratch:  # pytest's own folders are closed to others
+        folder = Path(scratch) / "folder"
+        shutil.copytree(source, folder)
+        Path(scratch).chmod(0o755)
+        (Path(scratch) / "open").mkdir()
+        (Path(scratch) / "open").chmod(0o777)
+        for path in folder.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o444)
+        folder.chmod(0o555)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            yield folder
+        finally:
+            os.seteuid(user)
+
+
+def started(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen([PROGRAM, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def interrupted(process: subprocess.Popen[str], word: str) -> tuple[int, str]:
+    """Ctrl-C once the verb says `word`: (exit code, the rest of stderr)."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if word in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    return process.returncode, err
+
+
+def test_ctrl_c_is_130_and_says_what_is_left(tiny_task: Path, tmp_path: Path) -> None:
+    process = started("train", "--task", slow_task(tiny_task, tmp_path), "--out", tmp_path / "run")
+    code, err = interrupted(process, "small model on")
+    assert code == 130 and err.splitlines()[-1] == "interrupted; no run was written" and "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def slow_task(source: Path, folder: Path) -> Path:
+    """The task with so many rows that its fit lasts longer than a signal takes."""
+    task = shutil.copytree(source, folder / "task")
+    write_csv(task / "train.csv", sentences(4000, seed=5))
+    return task
+
+
+def test_ctrl_c_in_the_middle_of_a_verb_carries_its_innermost_word(kcm: Kcm, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kcm.app.progress import left_behind
+
+    def verb() -> None:
+        with left_behind("all"), left_behind("a run in runs/1"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("kcm.app.fetch._target", lambda name: verb())
+    assert kcm("fetch") == (130, "", "interrupted; a run in runs/1\n")
+    code, out, _ = kcm("--help")
+    assert code == 0 and "130 interrupted" in out and "141" in out
+
+
+@pytest.mark.parametrize("command", [["--help"], ["fetch"], ["train", "--task", "none", "--json"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_went_away_ends_it_silently(command: list[str], unbuffered: str) -> None:
+    process = started(*command, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    err = process.stderr.read()
+    assert (process.wait(60), err) == (141, "")
+
+
+def test_another_broken_pipe_is_a_bug_and_shows() -> None:
+    program = """
+import sys, kcm.app.cli, kcm.app.fetch
+def broken(name):
+    raise BrokenPipeError(32, "of a process")
+kcm.app.fetch._target = broken
+sys.argv = ["kcm", "fetch"]
+kcm.app.cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "BrokenPipeError: [Errno 32] of a process"

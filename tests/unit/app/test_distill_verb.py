@@ -153,6 +153,35 @@ def test_a_method_can_be_named(kcm: Kcm, tiny_run_dir: Path, right_store: Path, 
     assert code == 3 and "choose from d, kd, mcm, kcm" in err
 
 
+def test_an_unknown_teacher_and_a_missing_store_are_named(kcm: Kcm, tiny_run_dir: Path, right_store: Path, tmp_path: Path) -> None:
+    command = ("distill", tiny_run_dir, "--out", tmp_path / "r", "--store")
+    code, _, err = kcm(*command, right_store, "--teacher", "nope")
+    assert code == 9 and "no row of teacher 'nope', but of rule (400 rows)" in err and "fix: --teacher rule" in err
+    code, _, err = kcm(*command, tmp_path / "none")
+    assert code == 9 and "none is no folder" in err
+    assert not (tmp_path / "r").exists()
+
+
+def test_ctrl_c_after_the_run_says_where_it_is(
+    kcm: Kcm, tiny_run_dir: Path, right_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    command = ("distill", tiny_run_dir, "--store", right_store, "--bundle", tmp_path / "b", "--out")
+    with monkeypatch.context() as patch:
+        patch.setattr("export.bundle.export_bundle", cut)
+        code, _, err = kcm(*command, tmp_path / "r")
+    assert code == 130
+    assert err.splitlines()[-1] == (
+        f"interrupted; the new run is in {tmp_path / 'r'}, no bundle was written; kcm export {tmp_path / 'r'} --out {tmp_path / 'b'}"
+    )
+    assert load_run(tmp_path / "r").info.round == 1 and not (tmp_path / "b").exists()
+    monkeypatch.setattr("training.program.distil_run", cut)
+    code, _, err = kcm(*command, tmp_path / "r2")
+    assert code == 130 and err.splitlines()[-1] == f"interrupted; no run was written, {tiny_run_dir} is as it was"
+
+
 def test_caps_of_the_task_hold(kcm: Kcm, tiny_run_dir: Path, right_store: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_run_dir, tmp_path / "run")
     info = json.loads((folder / "run.json").read_text(encoding="utf-8"))

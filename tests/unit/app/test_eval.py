@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import html
 import io
 import json
 import re
@@ -24,7 +25,7 @@ import pytest
 from tiny_kit import LABELS, sentences, write_csv, write_tiny_task
 
 from kcm.app.cli import main
-from kcm.calibration import HintGate
+from kcm.calibration import Guarantee, HintGate
 from training.calibrate import for_rate
 from training.run import Run, load_run, save_calibrated
 
@@ -162,7 +163,7 @@ def test_the_figures_are_those_of_the_run_and_the_large_model(
 
 def test_the_message_is_the_one_that_the_edge_sends(tiny_run: Run, bundle_dir: Path) -> None:
     from edge_runtime import EdgeRuntime
-    from edge_runtime.router import _message
+    from edge_runtime.messages import to_predict
     from kcm.app.evaluation.measure import message_sizes
     from kcm.policy import gate_hint
     from kcm.sample import Purpose, Route, Sample
@@ -176,7 +177,7 @@ def test_the_message_is_the_one_that_the_edge_sends(tiny_run: Run, bundle_dir: P
     runtime = EdgeRuntime.load(bundle_dir)
     samples = [Sample(payload=text, sample_id=str(uuid.UUID(int=row)), route=Route.CLOUD) for row, text in enumerate(texts)]
     sent = [
-        _message(
+        to_predict(
             decision,
             runtime,
             purpose=Purpose.LIVE,
@@ -197,6 +198,44 @@ def test_latency_is_measured_and_says_on_what(evaluated: tuple[Path, dict[str, A
         assert 0 < latency[path]["p50_ms"] <= latency[path]["p99_ms"] <= max(latency[path]["milliseconds"]) + 1e-3
     assert latency["degraded"] is None and "not measured" in latency["degraded_note"]
     assert "cores" in latency["machine"] and "/" not in latency["machine"].split(",")[1]
+
+
+def about_teachers(run_dir: Path, large: Path, folder: Path, learnt_from: str = "", **threshold: Any) -> tuple[list[str], dict[str, Any]]:
+    """What an evaluation warns of the large model, in JSON and on its page alike; and what it says of the run."""
+    changed = changed_run(run_dir, folder, teacher_id=learnt_from)
+    run = load_run(changed)
+    save_calibrated(changed, replace(run, threshold=msgspec.structs.replace(run.threshold, **threshold)))
+    code, out, _ = call("eval", str(changed), "--large", str(large), "--out", str(folder / "eval"), "--json")
+    assert code == 0
+    result = json.loads(out)
+    page = html.unescape((folder / "eval" / "report.html").read_text(encoding="utf-8"))
+    found = [warning for warning in result["warnings"] if "large model here" in warning or "reads prompt" in warning]
+    assert all(warning in page for warning in found)
+    return found, result["runs"][0]
+
+
+def test_another_large_model_than_the_calibrations_is_said(
+    evaluated: tuple[Path, dict[str, Any]], tiny_run_dir: Path, large_dir: Path, tmp_path: Path
+) -> None:
+    here = evaluated[1]["large"]["teacher_id"]
+    promise = Guarantee(max_drop=0.01, confidence=0.95, upper=0.009, effective_n=500.0, method="m")
+    (first, second), about = about_teachers(
+        tiny_run_dir, large_dir, tmp_path / "run", "old-teacher", teacher_id="encoder-other", guarantee=promise
+    )
+    assert f"here is {here}, ε was calibrated with encoder-other; the promise on accuracy doesn't hold" in first
+    assert "kcm calibrate RUN --large FOLDER" in first and f"here is {here}, the small model learnt from old-teacher" in second
+    assert (about["calibrated_with"], about["learnt_from"]) == ("encoder-other", "old-teacher")
+    assert not any("large model here" in warning for warning in evaluated[1]["warnings"]), "calibrated without one"
+
+
+@pytest.mark.slow
+def test_another_prompt_is_said_and_the_same_large_model_is_not(
+    evaluated: tuple[Path, dict[str, Any]], tiny_run_dir: Path, large_dir: Path, tmp_path: Path
+) -> None:
+    here, prompt = evaluated[1]["large"]["teacher_id"], evaluated[1]["large"]["prompt_id"]
+    (said,), _ = about_teachers(tiny_run_dir, large_dir, tmp_path / "a", teacher_id=here, prompt_id="another")
+    assert f"reads prompt {prompt} here, ε was calibrated with another" in said
+    assert about_teachers(tiny_run_dir, large_dir, tmp_path / "b", here, teacher_id=here, prompt_id=prompt)[0] == []
 
 
 class Page(HTMLParser):
@@ -299,6 +338,8 @@ def test_runs_that_are_no_seeds_of_one_program_are_3(kcm: Kcm, tiny_run_dir: Pat
     for said, other in others.items():
         code, _, err = kcm("eval", run, str(other), *large)
         assert code == 3 and said in err and "fix: " in err, said
+    code, _, err = kcm("eval", run, str(others["is round 1"]), *large)
+    assert f"kcm eval {run} --large FOLDER\n       kcm eval {others['is round 1']} --large FOLDER\n" in err, "the command for each round"
     code, _, err = kcm("eval", run, run, *large)
     assert code == 3 and "given twice" in err
     code, _, err = kcm("eval", str(tmp_path), *large)

@@ -58,6 +58,8 @@ def test_the_commented_file_holds_the_defaults(tmp_path: Path) -> None:
     written, bare = load_task(tmp_path), load_task(tmp_path / "bare")
     assert written.shipped() == bare.shipped()
     assert written.data == bare.data
+    lines = (tmp_path / "task.toml").read_text().splitlines()
+    assert [line for line in lines if line.startswith("hint_dropout = 0.0 ") and "# 0: it never sees a hint" in line]
 
 
 def test_all_five_files_are_described_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,8 @@ def test_it_shows_every_edge_in_order_and_writes_plots_and_json(kcm: Kcm, tiny_r
     assert code == 0
     lines = out.splitlines()
     assert lines[0].split()[:2] == ["edge", "share"]
-    assert "56 more edges hold" in lines[5]
+    assert "56 more edges hold" in lines[5] and lines[6].startswith("trend: as the input grows, it speaks more (rising) or less (falling)")
+    assert all(line.split("   ")[-2].strip() in ("rising", "falling", "mixed", "flat") for line in lines[1:5])
     for name in ("edges.png", "effects.png"):
         assert (tmp_path / "look" / name).read_bytes().startswith(b"\x89PNG")
     result = json.loads((tmp_path / "look" / "judge.json").read_text(encoding="utf-8"))

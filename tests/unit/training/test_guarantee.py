@@ -1,12 +1,14 @@
 """The promise: its test is exact at the boundary, its sequence stops at the first doubt, and what data can't support is refused."""
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kcm.errors import DataError
-from training.guarantee import counts, p_value, promise, samples_needed, sequence, upper_bound
+from training.guarantee import check_support, counts, p_value, promise, samples_needed, sequence, shown, upper_bound
 
 N = 400
 
@@ -35,6 +37,26 @@ def test_how_many_samples_a_promise_takes(drop: float, confidence: float) -> Non
     assert p_value(0, 0, need, drop, delta) <= delta < p_value(0, 0, need - 1, drop, delta)
     # The binomial bound of a sample without one loss, nearly.
     assert np.log(1 - confidence) / np.log(1 - drop) <= need < 1.4 * np.log(1 - confidence) / np.log(1 - drop)
+
+
+def test_how_many_samples_a_small_drop_takes_is_known_at_once() -> None:
+    """One step after the other it took minutes."""
+    begun = time.process_time()
+    assert 18_000 < samples_needed(0.0005, 0.9999) < 40_000
+    assert time.process_time() - begun < 5
+
+
+def test_support_is_checked_without_outcomes() -> None:
+    check_support(602, 0.005, 0.95)
+    with pytest.raises(DataError, match=r"601 labelled .* 0.5 points with 95% confidence: .* it takes 602"):
+        check_support(601, 0.005, 0.95)
+    with pytest.raises(DataError, match=r"with 99.99% confidence"):
+        check_support(601, 0.005, 0.9999)
+
+
+@pytest.mark.parametrize(("p", "text"), [(0.0341, "p = 0.034"), (1.0, "p = 1.000"), (0.001, "p = 0.001"), (3.21e-5, "p = 3.2e-05")])
+def test_a_small_p_value_keeps_its_digits(p: float, text: str) -> None:
+    assert shown(p) == text
 
 
 def test_the_upper_bound_is_where_the_test_turns() -> None:
@@ -78,6 +100,10 @@ def test_a_small_model_that_always_loses_is_refused() -> None:
     score, large = np.random.default_rng(0).random(N), np.ones(N, bool)
     with pytest.raises(DataError, match="no ε can be promised"):
         promise(score, ~large, large, sequence(score), max_drop=0.01, confidence=0.95)
+    small = large.copy()
+    small[score.argmax()] = False
+    with pytest.raises(DataError, match=r"\(p = 1\.2e-04\)"):  # above δ, and not 0.000
+        promise(score, small, large, [1.0, 0.0], max_drop=0.035, confidence=0.9999)
 
 
 @pytest.mark.parametrize("bad", [{"max_drop": 0.0}, {"max_drop": 1.0}, {"confidence": 1.0}, {"confidence": 0.2}])

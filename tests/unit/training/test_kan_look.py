@@ -45,7 +45,7 @@ def test_the_input_that_tells_is_found_and_its_effect_is_the_right_way_round() -
     assert sum(edge.share for edge in edges) == pytest.approx(1)
     assert edges[0].input == LENGTH
     into_right = next(edge for edge in edges if (edge.input, edge.output) == (LENGTH, 0))
-    assert into_right.trend == "down" and into_right.low < -0.2 and into_right.high > 0.2
+    assert into_right.trend == "falling" and into_right.low < -0.2 and into_right.high > 0.2
     first = effects(judge, given)[0]
     assert first.input == LENGTH and first.mean[0] > 0.05 and first.mean[-1] < -0.05 and first.spread > 0.1
     names = node_names(judge)
@@ -150,7 +150,7 @@ def test_l1_and_entropy_leave_fewer_edges_and_nearly_the_same_judge() -> None:
 
 @pytest.mark.parametrize(
     ("curve", "way"),
-    [([0, 1, 2], "up"), ([2, 1, 1], "down"), ([0, 2, 1], "neither"), ([0, 1, 0.999, 2], "up"), ([3, 3, 3], "flat")],
+    [([0, 1, 2], "rising"), ([2, 1, 1], "falling"), ([0, 2, 1], "mixed"), ([0, 1, 0.999, 2], "rising"), ([3, 3, 3], "flat")],
 )
 def test_trend(curve: list[float], way: str) -> None:
     assert trend(np.array(curve, float)) == way

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,6 +118,27 @@ def test_run_folders_are_numbered(tmp_path: Path) -> None:
     (tmp_path / "train" / "10").mkdir()
     (tmp_path / "train" / "notes").mkdir()
     assert next_run_folder(tmp_path, "train") == tmp_path / "train" / "11"
+
+
+def test_a_folder_that_can_not_be_made_is_an_error_and_no_crash(tiny_run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for root in (tmp_path / "file", Path("/proc/kcm")):
+        with pytest.raises(ConfigError, match="can't be made") as error:
+            save_run(root / "run", tiny_run)
+        assert "folder that you may write" in error.value.fix
+        with pytest.raises(ConfigError, match="can't be made"):
+            next_run_folder(root, "train")
+
+
+def test_runs_at_one_time_never_share_a_number(tmp_path: Path) -> None:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # else each listing and making goes through in one piece
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            folders = list(pool.map(lambda _: next_run_folder(tmp_path, "train"), range(200)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert sorted(int(folder.name) for folder in folders) == list(range(1, 201))
 
 
 def test_a_round_learns_from_the_teacher(tiny_run: Run, tiny_task: Path) -> None:

@@ -72,8 +72,24 @@ def test_two_teachers_must_be_chosen_from(tmp_path: Path) -> None:
     assert "--teacher" in error.value.fix
     chosen = read_lessons(store, TASK, "new")
     assert (chosen.texts, chosen.teacher_id, chosen.stored) == (["b"], "new", 1)
-    with pytest.raises(StoreError, match="nothing to learn from"):
+    stored(tmp_path, row("3", text="c", teacher_id="new"))
+    with pytest.raises(StoreError, match=r"no row of teacher 'none', but of new \(2 rows\), old \(1 row\)") as error:
         read_lessons(store, TASK, "none")
+    assert error.value.fix == "--teacher new"
+
+
+def test_what_a_store_holds_instead_is_said(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="nowhere is no folder") as error:
+        read_lessons(tmp_path / "nowhere", TASK)
+    assert "kcm cloud --store" in error.value.fix
+    store = stored(tmp_path / "held", row("1", text="a"), row("2", text="b"))
+    with pytest.raises(StoreError, match=r"the rows of rule \(2 rows\) are all texts of test") as error:
+        read_lessons(store, TASK, held_back={"a", "b"})
+    assert "kcm store compact" in error.value.fix
+    put(tmp_path / "hinted", row("1", text="hinted", hint_arm=HintArm.CANDIDATES))
+    compact(tmp_path / "hinted", force=True)
+    with pytest.raises(StoreError, match=r"its 1 row\(s\) have no logits without a hint yet"):
+        read_lessons(tmp_path / "hinted", TASK)
 
 
 def test_nothing_compacted_says_what_to_run(tmp_path: Path) -> None:

@@ -46,12 +46,21 @@ def test_nothing_told_and_several_teachers_are_refused(tmp_path: Path) -> None:
     root = store(tmp_path / "a", row("1", text="one"))
     with pytest.raises(StoreError, match="holds no truth"):
         read_truths(root, TASK, bool)
-    with pytest.raises(StoreError, match="holds no truth"):
+    with pytest.raises(StoreError, match="nowhere is no folder"):
         read_truths(tmp_path / "nowhere", TASK, bool)
+    put(tmp_path / "inbox", row("1", text="one"))
+    with pytest.raises(StoreError, match="nothing in it is compacted"):
+        read_truths(tmp_path / "inbox", TASK, bool)
     two = store(tmp_path / "b", row("1", text="one"), row("2", text="two", teacher_id="another"), **{"1": 1, "2": 1})
     with pytest.raises(StoreError, match="rows of 2 teachers"):
         read_truths(two, TASK, bool)
     assert read_truths(two, TASK, bool, "another").texts == ["two"]
+    with pytest.raises(StoreError, match=r"that third answered, but about those of another \(1 row\), rule \(1 row\)") as error:
+        read_truths(two, TASK, bool, "third")
+    assert "--large FOLDER of that teacher" in error.value.fix
+    with pytest.raises(StoreError, match="no truth that is new") as error:
+        read_truths(two, TASK, lambda _: False, "rule")
+    assert "Feedback" in error.value.fix
 
 
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:
