@@ -212,7 +212,10 @@ async def _done(reply: edge_pb2.InferReply) -> edge_pb2.InferReply:
 
 
 def _reply(answers: list[Answer]) -> edge_pb2.InferReply:
-    return edge_pb2.InferReply(answers=[answer.to_proto() for answer in answers])
+    reply = edge_pb2.InferReply()
+    for answer in answers:
+        answer.add_to(reply)
+    return reply
 
 
 def _check_id(sample_id: str) -> None:

@@ -31,6 +31,9 @@ GROUPS = 3
 _START, _END = 0x9E37, 0x1234567  # stand for the neighbours that a first and a last word lack
 
 
+_UNSIGNED: dict[np.dtype[Any], np.dtype[Any]] = {np.dtype(np.int32): np.dtype(np.uint32), np.dtype(np.int64): np.dtype(np.uint64)}
+
+
 class InputSpec(NamedTuple):
     """One input of the graph, [B, L]. Its values are below `limit`, and not negative, where there is one."""
 
@@ -76,17 +79,19 @@ def batch_of(payloads: Sequence[str | bytes | Tensors], preprocessor: Preprocess
         found = [len(array) for array in arrays]
         if lengths and lengths != found:
             raise ValueError(f"tensor {name!r} has another length than {next(iter(inputs))!r}")
-        lengths = found
-        if not 0 < min(found) <= max(found) <= preprocessor.longest:
-            raise ValueError(f"tensor {name!r} has {max(found)} values, 1 to {preprocessor.longest} are taken")
-        if min(found) == max(found):
+        lengths, longest = found, max(found)
+        if not 0 < min(found) <= longest <= preprocessor.longest:
+            raise ValueError(f"tensor {name!r} has {longest} values, 1 to {preprocessor.longest} are taken")
+        if len(arrays) == 1:
+            whole = arrays[0][None]  # no copy
+        elif min(found) == longest:
             whole = np.stack(arrays)
         else:
-            whole = np.zeros((len(arrays), max(found)), spec.dtype)
+            whole = np.zeros((len(arrays), longest), spec.dtype)
             for row, array in zip(whole, arrays, strict=True):
                 row[: len(array)] = array
-        # A look-up beyond a table's end is an error in one runtime and foreign memory in another.
-        if spec.limit is not None and (whole.min() < 0 or whole.max() >= spec.limit):
+        # A look-up beyond a table's end is an error in one runtime and foreign memory in another. Unsigned: negative ones are large.
+        if spec.limit is not None and np.maximum.reduce(whole.view(_UNSIGNED[spec.dtype]), axis=None) >= spec.limit:
             raise ValueError(f"tensor {name!r} has a value outside 0..{spec.limit - 1}")
         inputs[name] = whole
     return inputs
@@ -199,7 +204,7 @@ class TokenizerPreprocessor:
         except Exception as error:  # the library raises bare Exception
             raise BundleError(f"tokenizer.json can't be read: {error}") from error
         ids = InputSpec(np.dtype(np.int64), self._tokenizer.get_vocab_size())
-        self.inputs = {"input_ids": ids, "attention_mask": InputSpec(np.dtype(np.int64), 2)}
+        self.inputs = {"input_ids": ids, "attention_mask": InputSpec(np.dtype(np.int64))}
         self.longest = spec.max_tokens
         self._tokenizer.enable_truncation(spec.max_tokens)
         self._tokenizer.enable_padding()
