@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from edge_runtime.engines.chain import Skipped, named, usable
-from edge_runtime.engines.protocol import Backend
-from edge_runtime.runtime import EdgeRuntime
+from edge_runtime.engines.protocol import Backend, Engine
+from edge_runtime.runtime import CPU, EdgeRuntime
 from kcm.bundle import Bundle, Precision, load_bundle
 from kcm.errors import BundleError, EngineError, KcmError
 
@@ -52,7 +53,7 @@ class Loader:
                 if backend not in ready:
                     log.info("engine %s is built before anything is answered: none of %s runs without", backend.name, self.requested)
                     backend.prepare(model, graph)
-                runtime = EdgeRuntime.from_bundle(bundle, self.precision, backend)
+                runtime = EdgeRuntime.from_bundle(bundle, self.precision, backend, self._spare(path))
             except EngineError as error:
                 log.warning("engine %s is skipped: %s", backend.name, error.message)
                 reasons.append(f"{backend.name}: {error.message}")
@@ -77,17 +78,31 @@ class Loader:
                 bundle = load_bundle(path)
                 if bundle.manifest.bundle_id != runtime.bundle_id:
                     return None
-                return self._built(bundle, backend)
+                return self._built(bundle, backend, path)
             except KcmError as error:
                 why = "its decisions differ: " if isinstance(error, BundleError) else ""
                 log.warning("engine %s is skipped, %s serves on: %s%s", backend.name, runtime.provider, why, error.message)
         return None
 
-    def _built(self, bundle: Bundle, backend: Backend) -> EdgeRuntime:
+    def cancel(self) -> None:
+        """End what `improve` builds in another thread."""
+        for backend in self.backends:
+            backend.cancel()
+
+    def _built(self, bundle: Bundle, backend: Backend, path: Path) -> EdgeRuntime:
         model, graph = bundle.model(self.precision), bundle.manifest.graph
         if not backend.ready(model, graph):
             backend.prepare(model, graph)
-        return EdgeRuntime.from_bundle(bundle, self.precision, backend)
+        return EdgeRuntime.from_bundle(bundle, self.precision, backend, self._spare(path))
+
+    def _spare(self, path: Path) -> Callable[[], Engine]:
+        """ONNX Runtime on the CPU, read anew when it is needed: until then it costs no memory."""
+
+        def make() -> Engine:
+            bundle = load_bundle(path)
+            return CPU.load(bundle.model(self.precision), bundle.manifest.graph, len(bundle.task.labels))
+
+        return make
 
 
 def trim() -> None:

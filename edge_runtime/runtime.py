@@ -6,9 +6,10 @@ Router                                                   with cloud and spool: w
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -19,13 +20,16 @@ from edge_runtime.engines.protocol import Backend, Engine, Outputs
 from edge_runtime.golden import check_golden, golden_name
 from kcm.bundle import Bundle, Manifest, Precision, load_bundle
 from kcm.calibration import Calibration
-from kcm.errors import BundleError
+from kcm.errors import BundleError, EngineError
 from kcm.policy import stays_local
 from kcm.preprocess import Inputs, Preprocessor, batch_of, load_preprocessor
 from kcm.sample import Answer, Float32, Hint, Sample, Source, Tensors, new_sample_id
 from kcm.task import Task
 
+log = logging.getLogger("kcm.edge.runtime")
+
 NO_CLOUD = "no cloud configured"
+CPU = OrtBackend("onnx-cpu")
 
 
 class InvalidSample(ValueError):
@@ -56,13 +60,18 @@ class EdgeRuntime:
         preprocessor: Preprocessor,
         engine: Engine,
         engine_name: str = "",
+        spare: Callable[[], Engine] | None = None,
     ) -> None:
+        """
+        Args:
+            spare: makes the engine that takes over for good where this one fails in service.
+        """
         self.manifest, self.task, self.calibration, self.precision = manifest, task, calibration, precision
         self.engine = engine_name
         self._preprocessor, self._engine = preprocessor, engine
-        self._lock = threading.Lock()
+        self._spare, self._lock = spare, threading.Lock()
         # A swap can't know when the last request that holds this is through; the collector does.
-        weakref.finalize(self, engine.close)
+        self._close = weakref.finalize(self, engine.close)
 
     @classmethod
     def load(cls, path: str | Path, precision: Precision = "fp32", backend: Backend | None = None) -> EdgeRuntime:
@@ -79,9 +88,11 @@ class EdgeRuntime:
         return cls.from_bundle(load_bundle(Path(path)), precision, backend)
 
     @classmethod
-    def from_bundle(cls, bundle: Bundle, precision: Precision = "fp32", backend: Backend | None = None) -> EdgeRuntime:
+    def from_bundle(
+        cls, bundle: Bundle, precision: Precision = "fp32", backend: Backend | None = None, spare: Callable[[], Engine] | None = None
+    ) -> EdgeRuntime:
         """As `load`, from a bundle that was read already."""
-        backend = backend or OrtBackend("onnx-cpu")
+        backend = backend or CPU
         engine = backend.load(bundle.model(precision), bundle.manifest.graph, len(bundle.task.labels))
         preprocessor = load_preprocessor(bundle.task.preprocess, bundle.files)
         if (name := golden_name(precision)) not in bundle.files:
@@ -100,6 +111,7 @@ class EdgeRuntime:
             preprocessor=preprocessor,
             engine=engine,
             engine_name=backend.name,
+            spare=spare,
         )
 
     @property
@@ -135,6 +147,7 @@ class EdgeRuntime:
 
         Raises:
             InvalidSample: a payload of another modality, or tensors that the graph can't read; the message names the sample's index.
+            EngineError: the engine failed, and there is no spare one.
         """
         decisions: list[Decision] = []
         step = self.manifest.graph.max_batch
@@ -142,8 +155,22 @@ class EdgeRuntime:
             part = samples[start : start + step]
             inputs = self._inputs(part, first + start)
             with self._lock:  # the outputs are the engine's own until they were read
-                decisions += self._decide(part, self._engine.infer(inputs))
+                decisions += self._decide(part, self._run(inputs))
         return decisions
+
+    def _run(self, inputs: Inputs) -> Outputs:
+        try:
+            return self._engine.infer(inputs)
+        except EngineError as error:
+            if self._spare is None:
+                raise
+            # A device that failed once is not asked again: its context may be gone, and each try could cost a second.
+            failed, self._engine, self._spare = self._engine, self._spare(), None
+            log.error("%s failed and serves no more, %s does: %s", failed.provider, self._engine.provider, error.message)
+            self.engine = CPU.name
+            self._close()
+            self._close = weakref.finalize(self, self._engine.close)
+            return self._engine.infer(inputs)
 
     def _decide(self, samples: Sequence[Sample], outputs: Outputs) -> list[Decision]:
         ids, probabilities, confidences = outputs.top_ids.tolist(), outputs.top_probs.tolist(), outputs.confidence.tolist()

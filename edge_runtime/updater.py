@@ -113,6 +113,7 @@ class Updater:
     def _stop_improving(self) -> None:
         if self._improving is not None:
             self._improving.cancel()
+            self.loader.cancel()
             self._improving = None
 
     async def _improve(self, router: Router) -> None:

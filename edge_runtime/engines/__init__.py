@@ -3,6 +3,7 @@
 protocol.py   Backend (probe, prepare, load) and Engine (infer)
 chain.py      which of them, in which order, and why each of the others was skipped
 onnx.py       ONNX Runtime
-tensorrt.py   TensorRT and TensorRT-RTX: one class that is handed the module; cuda.py: its buffers, streams and graphs
-plans.py      the cache of built engines; build.py: the process that builds one
+tensorrt.py   TensorRT and TensorRT-RTX: one class that is handed the module
+execute.py    runs a plan; cuda.py: its memory, streams and graphs
+compile.py    ONNX to plan; build.py: the process that does it, with limits; plans.py: the cache of what it built
 """

@@ -8,6 +8,7 @@ import msgspec
 
 from edge_runtime.engines.onnx import OrtBackend
 from edge_runtime.engines.protocol import Backend
+from edge_runtime.engines.tensorrt import TensorRTBackend
 from kcm.errors import ConfigError, EngineError
 
 Make = Callable[[], Backend]
@@ -20,11 +21,13 @@ def _onnx_cuda() -> Backend:
 
 # In the order of "auto": the fastest first, and what always runs last.
 BACKENDS: dict[str, Make] = {
+    "tensorrt": lambda: TensorRTBackend("tensorrt"),
+    "tensorrt-rtx": lambda: TensorRTBackend("tensorrt-rtx"),
     "onnx-cuda": _onnx_cuda,
     "onnx-tensorrt": lambda: OrtBackend("onnx-tensorrt", "TensorrtExecutionProvider"),
     "onnx-cpu": lambda: OrtBackend("onnx-cpu"),
 }
-AUTO = ("onnx-cuda", "onnx-cpu")
+AUTO = ("tensorrt", "tensorrt-rtx", "onnx-cuda", "onnx-cpu")
 
 
 class Skipped(msgspec.Struct, frozen=True):

@@ -49,6 +49,9 @@ class OrtBackend:
     def prepare(self, model: bytes, graph: GraphSpec) -> None:
         """Nothing to do."""
 
+    def cancel(self) -> None:
+        """Nothing to end."""
+
     def load(self, model: bytes, graph: GraphSpec, classes: int) -> OrtEngine:
         providers: list[Any] = [(self._provider, self._options)]
         engine = OrtEngine(model, graph, classes, providers if self._provider == _CPU else [*providers, _CPU])
@@ -77,6 +80,9 @@ class OrtEngine:
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 4  # failures arrive as exceptions
         options.enable_cpu_mem_arena = False  # an arena keeps the largest batch's memory for ever
+        # A pattern takes what a whole run needs in one piece, which the system hands out and takes back each time: page faults that
+        # cost as much as the run.
+        options.enable_mem_pattern = False
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", _NO_FOLDER)
         try:
             self._session: Any = ort.InferenceSession(model, options, providers=providers or [_CPU])
@@ -93,7 +99,12 @@ class OrtEngine:
     def infer(self, inputs: Inputs) -> Outputs:
         if self._one is not None and len(next(iter(inputs.values()))) == 1:
             return self._one.run(inputs)
-        return Outputs(*self._session.run(OUTPUTS, inputs))
+        try:
+            return Outputs(*self._session.run(OUTPUTS, inputs))
+        except Exception as error:  # the runtime has a dozen exception types without a common base
+            if self.provider == _CPU:
+                raise
+            raise EngineError(f"{self.provider} failed: {error}") from error
 
     def close(self) -> None:
         del self._one, self._session

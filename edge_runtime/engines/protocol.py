@@ -30,7 +30,11 @@ class Engine(Protocol):
     provider: str
 
     def infer(self, inputs: Inputs) -> Outputs:
-        """Outputs of the batch; they are the caller's until the next call."""
+        """Outputs of the batch; they are the caller's until the next call.
+
+        Raises:
+            EngineError: the device failed; the engine is worth nothing any more.
+        """
         ...
 
     def close(self) -> None:
@@ -58,6 +62,10 @@ class Backend(Protocol):
         Raises:
             EngineError: it failed, or took too long or too much memory; the message holds the builder's own words.
         """
+        ...
+
+    def cancel(self) -> None:
+        """End the `prepare` that runs in another thread: it raises EngineError."""
         ...
 
     def load(self, model: bytes, graph: GraphSpec, classes: int) -> Engine:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kcm.app.folders import claim
+from kcm.app.folders import claim, writable
 from kcm.app.progress import Steps
 
 if TYPE_CHECKING:
-    from kcm.bundle import Manifest
+    from collections.abc import Sequence
+
+    from kcm.bundle import Manifest, Precision
     from training.run import Run
     from training.small import Small
 
@@ -23,36 +25,74 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 def export(
     run: RunFolder,
     out: Annotated[Path, typer.Option("--out", help="The bundle's folder.")],
+    precision: Annotated[
+        list[str] | None, typer.Option("--precision", help="fp32, fp16, int8 or all; give it several times. fp32 is always in.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """One fused ONNX graph (small model, judge, candidates, C_x), verified against torch, in a bundle with hashes.
 
+    fp32 answers as the run does. fp16 halves the graph: for GPUs and for memory (a CPU computes it in fp32). int8 quarters it: tables of
+    n-grams as int8 rows, an encoder's products by ranges that the run's own texts give; the judge stays fp32. Each of them gets its own
+    ε: the calls, accuracy or promise that `kcm calibrate` was asked for, chosen again on its own scores. `kcm verify` says what
+    each one loses.
+
     Try it: kcm export runs/train/1 --out bundle
+            kcm export runs/train/1 --out bundle --precision fp16 --precision int8
     """
-    manifest = export_run(run, out, force=force)
+    chosen = parse_precisions(precision or ["fp32"])
+    manifest = export_run(run, out, force=force, precisions=chosen, steps=Steps(quiet=as_json or len(chosen) == 1))
+    sizes = {name: manifest.files[f"models/{name}.onnx"].size for name in manifest.precisions}
     if as_json:
-        typer.echo(json.dumps({"bundle": str(out), "bundle_id": manifest.bundle_id}))
+        typer.echo(json.dumps({"bundle": str(out), "bundle_id": manifest.bundle_id, "model_bytes": sizes}))
         return
+    if len(sizes) > 1:
+        typer.echo("models: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items()))
+        typer.echo(f"next: kcm verify {out} --run {run}   says what each precision loses")
     size = sum(entry.size for entry in manifest.files.values())
     typer.echo(f"{out}: bundle {manifest.bundle_id}, {size / 1e6:.1f} MB; next: kcm edge --bundle {out}")
 
 
-def export_run(folder: Path, out: Path, *, force: bool) -> Manifest:
+def parse_precisions(names: Sequence[str]) -> tuple[Precision, ...]:
+    """fp32 and those named, in order of width; "all" stands for the three.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    from typing import get_args
+
+    from kcm.bundle import Precision, as_precision
+
+    chosen = {"fp32", *(as_precision(name) for name in names if name != "all")}
+    return tuple(name for name in get_args(Precision) if name in chosen or "all" in names)
+
+
+def export_run(
+    folder: Path, out: Path, *, force: bool, precisions: Sequence[Precision] = ("fp32",), steps: Steps | None = None
+) -> Manifest:
     """Export and verify beside `out`, then put it in place: a bundle that doesn't agree with torch never appears there."""
     import shutil
 
     from export.bundle import export_bundle
-    from kcm.app.models import load_small_kind
+    from kcm.app.models import load_small_kind, one_thread
+    from kcm.app.samples import fresh_texts
     from kcm.bundle import MANIFEST
     from training.run import load_run
 
     claim(out, MANIFEST, force=force)
+    writable(out.parent)  # the bundle is made beside its place
     run = load_run(folder)
+    writable(folder)  # bundle_id goes there
+    one_thread()
+    steps = steps or Steps(quiet=True)
     building = out.with_name(f".{out.name}.building")
+    fresh = fresh_texts(run) if len(precisions) > 1 else []
     try:
-        manifest = export_bundle(run, building, golden_texts=run.texts)
+        manifest = export_bundle(run, building, golden_texts=run.texts, precisions=precisions, fresh_texts=fresh, progress=steps)
+        steps("verified against torch and fp32")
         check(run, load_small_kind(run.task, Steps(quiet=True)), building, run.texts[:256])
+        _check_narrow(run, building)
         shutil.rmtree(out, ignore_errors=True)
         building.rename(out)
     finally:
@@ -69,6 +109,21 @@ def check(run: Run, kind: Small, bundle: Path, texts: list[str]) -> dict[str, fl
     return compare(run, kind, load_bundle(bundle), texts).to_dict()
 
 
+def _check_narrow(run: Run, folder: Path) -> None:
+    """The other precisions beside fp32, on the labelled samples that ε was weighed on; else on texts that the run was fitted on.
+
+    Raises:
+        VerifyError: one of them answers worse than the bar allows, or is broken.
+    """
+    from export.agreement import agreements, hold
+    from kcm.bundle import load_bundle
+
+    bundle = load_bundle(folder)
+    # Of texts that it was fitted on, labels would say nothing.
+    known = (run.answered.texts, run.answered.labels) if run.answered else (run.texts[:256], None)
+    hold(agreements(bundle, *known), bundle)
+
+
 def verify(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle of `kcm export`.")],
     run: Annotated[Path, typer.Option("--run", help="The run that it was exported from.")],
@@ -77,24 +132,42 @@ def verify(
 ) -> None:
     """Compare torch and ONNX Runtime on logits, answers, C_x and decisions; exit code 6 where they differ.
 
+    fp32 must decide as torch does, but where the routing score is within 0.001 of ε. fp16 and int8 are compared with fp32, each at its
+    own ε: exit code 6 where one loses more than 0.3 points of right local answers at the same share of cloud calls. That takes
+    labels: a file of --texts that has them, or the task's test file.
+
     Try it: kcm verify bundle --run runs/train/1
     """
+    from export.agreement import agreements, hold, table
     from kcm.app.models import load_small_kind, one_thread
-    from training.data import load_split, read_rows
+    from kcm.bundle import load_bundle
+    from training.data import encode_labels, load_split, read_rows
     from training.run import load_run
 
     one_thread()
     loaded = load_run(run)
     task = loaded.task
+    truth = None
     if texts is not None:
-        chosen = read_rows(texts, task.data.text_column, task.data.label_column, labels_optional=True)[0]
+        chosen, names, lines = read_rows(texts, task.data.text_column, task.data.label_column, labels_optional=True)
+        if names:
+            truth = encode_labels(names, lines, task, texts)
+    elif task.data.test:
+        split = load_split(task, "test")
+        chosen, truth = split.texts, split.y
     else:
-        chosen = load_split(task, "test" if task.data.test else "train").texts
+        chosen = load_split(task, "train").texts  # its labels would say nothing: the run was fitted on them
     report: dict[str, Any] = check(loaded, load_small_kind(task, Steps(quiet=True)), bundle, chosen)
+    read = load_bundle(bundle)
+    narrow = agreements(read, chosen, truth)
     if as_json:
-        typer.echo(json.dumps(report))
+        hold(narrow, read)
+        typer.echo(json.dumps({**report, "precisions": {a.precision: a.to_dict() for a in narrow}}))
         return
     typer.echo(
         f"{report['samples']} samples: logits within {report['logits_error']:.1e} (relative), C_x within {report['confidence_error']:.1e}, "
         f"{report['labels']} answers differ, {report['decisions']} decisions differ ({report['excused']} of them at ε itself)"
     )
+    if narrow:
+        typer.echo(table(narrow))
+        hold(narrow, read)

@@ -28,8 +28,8 @@ class Built:
     """Stands for an engine that has to be built, as this machine has no GPU: ONNX Runtime runs it, once `prepare` was called."""
 
     def __init__(self, name: str = "built", *, fails: str = "", shift: float = 0.0) -> None:
-        self.name, self.prepared, self.closed = name, 0, 0
-        self._fails, self._shift = fails, shift
+        self.name, self.prepared, self.closed, self.cancelled = name, 0, 0, 0
+        self._fails, self._shift, self.lost = fails, shift, False
 
     def probe(self) -> str:
         return ""
@@ -41,6 +41,9 @@ class Built:
         if self._fails:
             raise EngineError(self._fails)
         self.prepared += 1
+
+    def cancel(self) -> None:
+        self.cancelled += 1
 
     def load(self, model: bytes, graph: GraphSpec, classes: int) -> Engine:
         assert self.prepared
@@ -54,6 +57,8 @@ class _Shifted:
         self._backend, self._inner = backend, inner
 
     def infer(self, inputs: Inputs) -> Outputs:
+        if self._backend.lost:
+            raise EngineError("cudaErrorIllegalAddress (error 700)")
         outputs = self._inner.infer(inputs)
         return outputs._replace(score=outputs.score + np.float32(self._backend._shift))
 
@@ -154,3 +159,17 @@ def test_an_engine_is_closed_once_nobody_holds_its_runtime(tiny_bundle: Path, bu
     assert runtime.infer([Sample(payload="x")]) and not built.closed
     del runtime
     assert built.closed == 1
+
+
+def test_a_device_that_fails_in_service_is_replaced_for_good_and_no_sample_is_lost(
+    tiny_bundle: Path, built: Built, caplog: pytest.LogCaptureFixture
+) -> None:
+    runtime = Loader("built", "fp32").load(tiny_bundle)
+    want = [answer.label for answer in runtime.infer([Sample(payload=text) for text in edge_kit.EASY])]
+    built.lost = True
+    assert [answer.label for answer in runtime.infer([Sample(payload=text) for text in edge_kit.EASY])] == want
+    assert (runtime.engine, runtime.provider) == ("onnx-cpu", "CPUExecutionProvider") and built.closed == 1
+    assert "built here failed and serves no more, CPUExecutionProvider does: cudaErrorIllegalAddress" in caplog.text
+    built.lost = False
+    runtime.infer([Sample(payload="x")])
+    assert runtime.engine == "onnx-cpu"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kcm.app.folders import writable
 from kcm.app.progress import Steps
 from kcm.errors import ConfigError
 
@@ -15,15 +16,7 @@ if TYPE_CHECKING:
     from training.outcomes import Outcomes
     from training.recorded import Trial
 
-bench = typer.Typer(help="Measure routing on your own recordings.", no_args_is_help=True)
 
-
-@bench.callback()
-def _group() -> None:
-    """Measure routing on your own recordings."""
-
-
-@bench.command()
 def route(
     train: Annotated[Path, typer.Option("--train", help="CSV: prompt, weak_correct, strong_correct; optionally weak_response, subject.")],
     test: Annotated[Path | None, typer.Option("--test", help="Another such file, to score on.")] = None,
@@ -51,6 +44,8 @@ def route(
         raise ConfigError(f"--group-by {group_by!r} is unknown", fix="--group-by prompt or subject")
     if test is not None and group_by == "subject":
         raise ConfigError("--group-by leaves groups of one file out; with --test nothing is left out", fix="drop --group-by or --test")
+    if out is not None:
+        writable(out)
     one_thread()
     steps = Steps(quiet=as_json)
     data = read_outcomes(train)
