@@ -42,16 +42,16 @@ def check_golden(engine: Engine, preprocessor: Preprocessor, golden: bytes, prec
     rows = len(texts)
     if any(len(want[name]) != rows for name in _NAMES[2:]):
         raise BundleError(f"golden.npz has {rows} texts, but other numbers of outputs")
+    tolerance = TOLERANCE[precision] * max(1.0, float(np.abs(want["logits"]).max()))
     for start, stop in [(i, min(i + _BATCH, rows)) for i in range(0, rows, _BATCH)] + [(i, i + 1) for i in range(min(rows, _ALONE))]:
         inputs = preprocessor.batch(texts[start:stop])
         sums = inputs[preprocessor.names[0]].astype(np.int64).sum(axis=1)
         for row in np.flatnonzero(sums != want["input_sums"][start:stop]):
             raise BundleError(f"golden input {start + row} is preprocessed differently here than where the bundle was made")
-        _compare(engine.infer(inputs), {name: want[name][start:stop] for name in _NAMES[2:]}, start, TOLERANCE[precision])
+        _compare(engine.infer(inputs), {name: want[name][start:stop] for name in _NAMES[2:]}, start, tolerance, TOLERANCE[precision])
 
 
-def _compare(got: Outputs, want: dict[str, NDArray[Any]], start: int, near: float) -> None:
-    tolerance = near * max(1.0, float(np.abs(want["logits"]).max()))
+def _compare(got: Outputs, want: dict[str, NDArray[Any]], start: int, tolerance: float, near: float) -> None:
     if got.logits.shape != want["logits"].shape or got.top_ids.shape != want["top_ids"].shape:
         raise BundleError(f"golden outputs have {want['logits'].shape[1]} logits, the model gives {got.logits.shape[1]}")
     for name, allowed in (("logits", tolerance), ("confidence", near), ("score", near)):

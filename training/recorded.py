@@ -27,13 +27,13 @@ def cross_validated(data: Outcomes, count: int, by: str, seed: int, *, answers: 
     Raises:
         DataError: fewer groups than folds, or no subjects to group by.
     """
-    groups = data.groups(by)
+    groups, prompt = data.groups(by), data.groups("prompt")
     views = read_views(data, answers=answers)
     trial: Trial = {}
     for number, (train, test) in enumerate(folds(groups, count, seed)):
         progress(f"shuffle {seed}, fold {number + 1} of {count}")
-        subjects = bool(data.subjects) and by != "subject"
-        found = judge_scores(data, views, train, test, groups, subjects=subjects, seed=seed)
+        train = train[~np.isin(prompt[train], prompt[test])]  # the same prompt may stand under two subjects
+        found = judge_scores(data, views, train, test, groups, seed=seed, progress=progress)
         found |= _floors(data, train, test, answers=answers)
         for name, scores in found.items():
             trial.setdefault(name, np.zeros(len(data)))[test] = scores
@@ -41,22 +41,26 @@ def cross_validated(data: Outcomes, count: int, by: str, seed: int, *, answers: 
 
 
 def held_out(train: Outcomes, test: Outcomes, *, answers: bool, progress: Progress) -> Trial:
-    """The rows of `test`, scored by systems that were fitted on `train`. A subject counts where both files name it."""
-    known = set(train.prompts)
-    shared = sum(prompt in known for prompt in test.prompts)
-    if shared:
-        progress(f"warning: {shared} prompts of the test file are in the training file too: figures will flatter")
-    subjects = bool(train.subjects) and bool(test.subjects)
+    """The rows of `test`, scored by systems that were fitted on those rows of `train` whose prompt isn't tested.
+
+    Raises:
+        DataError: no more than one prompt is left to learn from.
+    """
     whole = Outcomes(
         train.prompts + test.prompts,
         np.concatenate([train.weak, test.weak]),
         np.concatenate([train.strong, test.strong]),
         train.answers + test.answers if answers else [],
-        train.subjects + test.subjects if subjects else [],
+        train.subjects + [""] * len(test) if train.subjects else [],  # what a tested row is about, nobody says
     )
+    groups = whole.groups("prompt")
     inside, outside = np.arange(len(train)), np.arange(len(train), len(whole))
-    progress("fitting on all of the training file")
-    found = judge_scores(whole, read_views(whole, answers=answers), inside, outside, whole.groups("prompt"), subjects=subjects)
+    seen = np.isin(groups[inside], groups[outside])
+    if seen.any():
+        progress(f"warning: {seen.sum()} rows of the training file have a prompt of the test file; they are dropped")
+    inside = inside[~seen]
+    progress(f"fitting on {len(inside)} rows of the training file")
+    found = judge_scores(whole, read_views(whole, answers=answers), inside, outside, groups, progress=progress)
     return found | _floors(whole, inside, outside, answers=answers) | _fixed(test)
 
 
