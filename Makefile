@@ -40,7 +40,7 @@ check: setup  ## style, types, import direction
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: assets  ## what is measured, with its peers in the same run
+bench: setup  ## what is measured, with its peers in the same run
 	$(BIN)/python -m benchmarks
 
 protos:  ## regenerate the stubs, in an environment of their own (the lowest supported grpcio-tools)

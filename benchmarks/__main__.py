@@ -1,6 +1,9 @@
-"""`make bench`: the benchmarks that need no development data. Others: python -m benchmarks.clinc150 --help."""
+"""`make bench`: `kcm bench edge`, with its options; it needs no data. The others: python -m benchmarks.clinc150 --help."""
 
-from benchmarks import hot_path
+import sys
+
+from kcm.app.cli import main
 
 if __name__ == "__main__":
-    hot_path.main()
+    sys.argv[1:1] = ["bench", "edge"]
+    main()

@@ -1,11 +1,11 @@
-"""What a KAN costs in ONNX Runtime beside an MLP of as many parameters and an empty session, and how exact each form is.
+"""What the judge's own KANs cost in ONNX Runtime beside an MLP of as many parameters and an empty session, and how exact each form is.
 
     python -m benchmarks.kan_export [--repeats 15] [--json]
 
-Shapes: the judge's (10 inputs, 6 outcomes; one layer, and hidden width 8), and the notes' 64-32-2. Everything is interleaved in one
-run on one thread; medians over repeats with the middle half's range, and ratios per repeat, so that a busy machine moves both sides.
-run: session.run. bound: the same through bound inputs and outputs. Bars: batch 1 ≤ 1.6× the MLP, batch 256 ≤ 3.2×, two layers ≤ 10
-nodes, errors of the largest output ≤ 1e-4 (S), 1e-5 (L, R) and, in fp16, 6e-3 (L).
+Shapes: the judge's, 10 inputs and 6 outcomes, in one layer and with hidden width 8. The pinned 64-32-2 is `kcm bench edge`'s.
+CPU time, interleaved in one run on one thread; medians over repeats with the middle half's range, and ratios per repeat.
+run: session.run. bound: the same through bound inputs and outputs. Bars: batch 1 ≤ 1.6× the MLP, batch 256 ≤ 3.2×; errors of the
+largest output ≤ 1e-4 (S), 1e-5 (L, R) and, in fp16, 6e-3 (L).
 """
 
 from __future__ import annotations
@@ -15,72 +15,28 @@ import json
 import platform
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from onnx import TensorProto, helper
 
-from benchmarks.hot_path import described
-from export.kan import append_form, append_kan
+from export.kan import append_form
 from export.nodes import Nodes
-from kcm.task import JudgeSpec
-from training.judge import mlp_width
-from training.kan import KanLayer
+from kcm.app.bench.clocks import in_turn
+from kcm.app.bench.figures import spread
+from kcm.app.bench.judge_graphs import TYPES, kan, layers_of, mlp, model_of, session
 from training.kan_forms import LocalForm, Precision, RampForm, SaturatingForm
 
-SHAPES = {"judge 10-6": (10, 0, 6), "judge 10-8-6": (10, 8, 6), "64-32-2": (64, 32, 2)}
-TYPES: dict[str, tuple[int, Any]] = {"fp32": (TensorProto.FLOAT, np.float32), "fp16": (TensorProto.FLOAT16, np.float16)}
+SHAPES = {"judge 10-6": (10, 0, 6), "judge 10-8-6": (10, 8, 6)}
 BARS = {1: 1.6, 256: 3.2}
-
-
-def layers_of(inputs: int, hidden: int, outputs: int, *, grid: int = 5, degree: int = 3, seed: int = 0) -> list[KanLayer]:
-    """KAN layers with rough curves: coefficients of standard deviation 1."""
-    torch.manual_seed(seed)
-    sizes = [inputs, hidden, outputs] if hidden else [inputs, outputs]
-    layers = [KanLayer(a, b, grid=grid, degree=degree).eval() for a, b in pairwise(sizes)]
-    for layer in layers:
-        torch.nn.init.normal_(layer.spline)
-    return layers
-
-
-def model(nodes: Nodes, inputs: int, outputs: int, precision: Precision = "fp32") -> onnx.ModelProto:
-    """The nodes, whose last output becomes "y" [B, outputs], as a model of "x" [B, inputs]."""
-    nodes.nodes[-1].output[0] = "y"
-    infos = [helper.make_tensor_value_info(name, TYPES[precision][0], ["B", width]) for name, width in (("x", inputs), ("y", outputs))]
-    graph = helper.make_graph(nodes.nodes, "kan", infos[:1], infos[1:], nodes.initializers)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-
-
-def kan(layers: list[KanLayer]) -> onnx.ModelProto:
-    nodes, y = Nodes(), "x"
-    for layer in layers:
-        y = append_kan(nodes, layer, y)
-    return model(nodes, layers[0].base.shape[1], layers[-1].base.shape[0])
-
-
-def mlp(inputs: int, hidden: int, outputs: int) -> onnx.ModelProto:
-    """Two dense layers with as many parameters as the KAN; its normalisation is folded into the first, as the KAN's is."""
-    wide, rng = mlp_width(JudgeSpec(hidden=hidden), inputs, outputs), np.random.default_rng(0)
-    nodes = Nodes()
-    y = nodes("Gemm", "x", rng.normal(size=(inputs, wide)).astype(np.float32), np.zeros(wide, np.float32))
-    nodes("Gemm", nodes("Relu", y), rng.normal(size=(wide, outputs)).astype(np.float32), np.zeros(outputs, np.float32))
-    return model(nodes, inputs, outputs)
 
 
 def empty(inputs: int) -> onnx.ModelProto:
     nodes = Nodes()
     nodes("Identity", "x")
-    return model(nodes, inputs, inputs)
-
-
-def session(made: onnx.ModelProto) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    return ort.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return model_of(nodes, inputs, inputs)
 
 
 def calls_of(made: onnx.ModelProto, x: np.ndarray) -> tuple[Callable[[], object], Callable[[], object]]:  # type: ignore[type-arg]
@@ -99,33 +55,21 @@ def speed(repeats: int) -> dict[str, Any]:
     """Per shape: µs of each graph at batch 1 and 256, and the KAN's ratio to the MLP."""
     results: dict[str, Any] = {}
     for name, (inputs, hidden, outputs) in SHAPES.items():
-        graphs = {"empty": empty(inputs), "mlp": mlp(inputs, hidden, outputs), "kan": kan(layers_of(inputs, hidden, outputs))}
+        sizes = (inputs, hidden, outputs) if hidden else (inputs, outputs)
+        graphs = {"empty": empty(inputs), "mlp": mlp(inputs, hidden, outputs), "kan": kan(layers_of(sizes))}
         result: dict[str, Any] = {"nodes": {key: len(made.graph.node) for key, made in graphs.items()}, "us": {}, "ratio": {}}
         for batch in BARS:
             x = np.random.default_rng(0).normal(size=(batch, inputs)).astype(np.float32)
             calls = {}
             for key, made in graphs.items():
                 calls[f"{key} run"], calls[f"{key} bound"] = calls_of(made, x)
-            taken = interleaved(calls, repeats, 400 if batch == 1 else 60)
-            for key, values in taken.items():
-                result["us"][f"{key} B{batch}"] = described(values)
+            rows = [in_turn(calls, 400 if batch == 1 else 60) for _ in range(repeats + 1)][1:]  # the first one warms up
+            for key in calls:
+                result["us"][f"{key} B{batch}"] = spread([row[key] for row in rows])
             for way in ("run", "bound"):
-                result["ratio"][f"{way} B{batch}"] = described(taken[f"kan {way}"] / taken[f"mlp {way}"])
+                result["ratio"][f"{way} B{batch}"] = spread([row[f"kan {way}"] / row[f"mlp {way}"] for row in rows])
         results[name] = result
     return results
-
-
-def interleaved(calls: dict[str, Callable[[], object]], repeats: int, count: int) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
-    """µs per call by name [repeats]: every repeat measures each in turn."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(repeats + 1):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            for _ in range(count):
-                call()
-            if repeat:  # the first one warms up
-                taken[name].append((time.perf_counter() - began) / count * 1e6)
-    return {name: np.array(values) for name, values in taken.items()}
 
 
 def errors(seeds: int = 8) -> list[dict[str, Any]]:
@@ -148,12 +92,12 @@ def errors(seeds: int = 8) -> list[dict[str, Any]]:
 
 
 def _error(form: type[LocalForm] | type[SaturatingForm] | type[RampForm], precision: Precision, degree: int, grid: int, seed: int) -> float:
-    (layer,) = layers_of(10, 0, 6, grid=grid, degree=degree, seed=seed)
+    (layer,) = layers_of((10, 6), grid=grid, degree=degree, seed=seed)
     x = np.random.default_rng(seed).normal(0, 1.5, (512, 10)).astype(TYPES[precision][1])
     exact = layer.double()(torch.from_numpy(x.astype(np.float64))).detach().numpy()
     nodes = Nodes()
     append_form(nodes, form(layer.float()), "x", precision)
-    got = session(model(nodes, 10, 6, precision)).run(None, {"x": x})[0]
+    got = session(model_of(nodes, 10, 6, precision)).run(None, {"x": x})[0]
     return float(np.abs(got.astype(np.float64) - exact).max() / np.abs(exact).max())
 
 

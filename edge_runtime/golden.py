@@ -24,11 +24,6 @@ _BATCH = 16
 _ALONE = 8
 
 
-def golden_name(precision: Precision) -> str:
-    """The file of a bundle that holds this precision's."""
-    return "golden.npz" if precision == "fp32" else f"golden-{precision}.npz"
-
-
 def check_golden(engine: Engine, preprocessor: Preprocessor, golden: bytes, precision: Precision = "fp32") -> None:
     """Preprocess and run the golden texts, in batches and a few of them alone; compare.
 

@@ -9,13 +9,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import msgspec
 
 from edge_runtime.cloud_client import CloudClient, Failure, Kind, Prediction, Receipt
 from edge_runtime.config import EdgeConfig
+from edge_runtime.decider import TURN, Decider, Serving
 from edge_runtime.drift import Drift
 from edge_runtime.explorer import Explorer
 from edge_runtime.messages import cloud_answer, to_predict
@@ -31,8 +31,6 @@ from protos.kcm.v1 import cloud_pb2
 
 log = logging.getLogger("kcm.edge.router")
 
-_TURN = 32  # samples per turn of the event loop
-_INLINE_S = 0.002  # an executor costs about 0.1 ms a call
 _TENSORS = "tensors can't be sent to the cloud: give text or an image"
 _MARGIN_S = 0.03  # of the application's deadline: for the spool's commit and the way back
 
@@ -46,10 +44,9 @@ class Taken(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Begun(NamedTuple):
-    """Samples that the device has decided on, with the bundle and the estimates that they belong to."""
+    """Samples that the device has decided on."""
 
-    runtime: EdgeRuntime
-    drift: Drift
+    serving: Serving
     decisions: list[Decision]
     away: list[Decision]  # those of them that don't stay here
     started: float  # perf_counter
@@ -59,24 +56,22 @@ class Router:
     """Answers samples with the current runtime. Belongs to one event loop; a swap replaces runtime and drift between requests."""
 
     def __init__(self, config: EdgeConfig, runtime: EdgeRuntime, *, client: CloudClient | None, spool: Spool | None, stats: Stats) -> None:
-        self._serving = runtime, _drift(runtime)  # one tuple: another thread sees both or neither change
+        self._serving = Serving(runtime, _drift(runtime))  # one tuple: another thread sees both or neither change
         self._client, self._spool, self._stats = client, spool, stats
         self._deadline_s = config.cloud.deadline_ms / 1000
         self._alarm = Alarm(log)
-        self._in_thread = 0  # calls that the thread has
-        self._pace_s = 0.0  # of one sample on this device, smoothed
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")  # starts with its first use
+        self._decider = Decider()
         # Without a cloud nobody would ever ask for them.
         self._explorer = Explorer(config.explore, spool, stats) if config.explore > 0 and client is not None and spool is not None else None
 
     @property
     def runtime(self) -> EdgeRuntime:
         """What serves now."""
-        return self._serving[0]
+        return self._serving.runtime
 
     @property
     def drift(self) -> Drift:
-        return self._serving[1]
+        return self._serving.drift
 
     async def infer(self, samples: Sequence[Sample], budget_s: float | None = None) -> list[Answer]:
         """Answer every sample, in order. What could not be answered by the cloud is in the spool when this returns.
@@ -88,46 +83,53 @@ class Router:
             InvalidSample: another modality, or a sample_id twice; the message names the sample's index.
             TypeError: no sequence of Sample.
         """
-        begun = self.begin(samples, budget_s)
-        return begun if isinstance(begun, list) else await begun
+        return await self.ask(samples, budget_s)
 
-    def begin(self, samples: Sequence[Sample], budget_s: float | None = None) -> list[Answer] | Coroutine[Any, Any, list[Answer]]:
-        """As `infer`: the answers themselves where all stays here and the model is quick, else what has to be awaited for them."""
+    def ask(self, samples: Sequence[Sample], budget_s: float | None = None) -> asyncio.Future[list[Answer]]:
+        """As `infer`; at once raises what the samples themselves say. Cancelling the future ends the call to the cloud."""
         started = time.perf_counter()
         check_samples(samples)
-        if len(samples) > _TURN or self._slow(len(samples)):
-            return self._in_turns(*self._serving, samples, budget_s, started)
-        begun = self.decide(samples, started)
-        self._pace(time.perf_counter() - started, len(samples))
-        return self.taken(begun, budget_s)
+        serving = self._serving  # one bundle for the whole request
+        if len(samples) > TURN:
+            return asyncio.ensure_future(self._in_turns(serving, samples, budget_s, started))
+        answers: asyncio.Future[list[Answer]] = asyncio.get_running_loop().create_future()
+
+        def then(decided: list[Decision] | Exception) -> None:
+            if answers.cancelled():
+                return
+            if isinstance(decided, Exception):
+                answers.set_exception(decided)
+                return
+            taken = self.taken(_begun(serving, decided, started), budget_s)
+            if isinstance(taken, list):
+                answers.set_result(taken)
+            else:
+                _follow(answers, asyncio.ensure_future(taken))
+
+        self._decider.ask(samples, serving, then)
+        return answers
 
     def decide(self, samples: Sequence[Sample], started: float) -> Begun:
         """The device's part alone. May be called from any thread; what it returns is for `taken`, on the event loop."""
-        runtime, drift = self._serving
-        decisions = runtime.decide(samples)
-        return Begun(runtime, drift, decisions, [decision for decision in decisions if not decision.local], started)
+        serving = self._serving
+        return _begun(serving, serving.runtime.decide(samples), started)
 
     def taken(self, begun: Begun, budget_s: float | None = None) -> list[Answer] | Coroutine[Any, Any, list[Answer]]:
         """Note what was decided. The answers, or what has to be awaited for them."""
-        self._note(begun.decisions, begun.runtime, begun.drift)
+        self._note(begun.decisions, begun.serving)
         if begun.away:
             return self._finish(begun, budget_s)
         self._stats.answered(Source.LOCAL, time.perf_counter() - begun.started, len(begun.decisions))
         return [decision.answer for decision in begun.decisions]
 
-    async def _in_turns(
-        self, runtime: EdgeRuntime, drift: Drift, samples: Sequence[Sample], budget_s: float | None, started: float
-    ) -> list[Answer]:
-        """Many samples, or a slow model: small requests go in between."""
+    async def _in_turns(self, serving: Serving, samples: Sequence[Sample], budget_s: float | None, started: float) -> list[Answer]:
+        """Many samples: small requests go in between."""
         decisions: list[Decision] = []
-        for start in range(0, len(samples), _TURN):
-            if start:
-                await asyncio.sleep(0)
-            part = await self._decide(runtime, samples[start : start + _TURN], start)
-            self._note(part, runtime, drift)
+        for start in range(0, len(samples), TURN):
+            part = await self._decider.decisions(samples[start : start + TURN], serving, start)
+            self._note(part, serving)
             decisions += part
-        away = [decision for decision in decisions if not decision.local]
-        return await self._finish(Begun(runtime, drift, decisions, away, started), budget_s)
+        return await self._finish(_begun(serving, decisions, started), budget_s)
 
     async def _finish(self, begun: Begun, budget_s: float | None) -> list[Answer]:
         """Ask the cloud for what doesn't stay here."""
@@ -138,7 +140,7 @@ class Router:
         self._stats.escalations += len(away)
         if budget_s is not None:
             budget_s -= time.perf_counter() - started
-        elsewhere = iter(await self._escalate(begun.runtime, begun.drift, away, budget_s))
+        elsewhere = iter(await self._escalate(begun.serving, away, budget_s))
         elapsed = time.perf_counter() - started
         answers = [decision.answer if decision.local else next(elsewhere) for decision in decisions]
         for source in (Source.CLOUD, Source.DEGRADED):
@@ -185,15 +187,16 @@ class Router:
     def swap(self, runtime: EdgeRuntime) -> None:
         """Serve `runtime` from the next request on. Another calibration begins its estimates anew."""
         same = (runtime.bundle_id, runtime.calibration) == (self.runtime.bundle_id, self.runtime.calibration)
-        self._serving = runtime, self.drift if same else _drift(runtime)
+        self._serving = Serving(runtime, self.drift if same else _drift(runtime))
 
     async def close(self) -> None:
         """Keep what is explored and not yet in the spool."""
         if self._explorer is not None:
             await self._explorer.close()
 
-    def _note(self, decisions: Sequence[Decision], runtime: EdgeRuntime, drift: Drift) -> None:
+    def _note(self, decisions: Sequence[Decision], serving: Serving) -> None:
         """What the policy did, for the estimates; and the share of what stays that is sent up all the same."""
+        runtime, drift = serving
         share = self._explorer.share if self._explorer is not None else 0.0
         for decision in decisions:
             if decision.sample.route is not Route.AUTO:
@@ -208,38 +211,16 @@ class Router:
                     Waiting(sample=message, task_id=runtime.task.id, label_space=runtime.task.label_space, reason="explored")
                 )
 
-    async def _decide(self, runtime: EdgeRuntime, samples: Sequence[Sample], first: int) -> list[Decision]:
-        """Inline where the model is tiny; on a thread of its own where the event loop would feel it."""
-        if self._slow(len(samples)):
-            loop = asyncio.get_running_loop()
-            self._in_thread += 1
-            try:
-                began, decisions = await loop.run_in_executor(self._thread, lambda: (time.perf_counter(), runtime.decide(samples, first)))
-            finally:
-                self._in_thread -= 1
-        else:
-            began = time.perf_counter()
-            decisions = runtime.decide(samples, first)
-        self._pace(time.perf_counter() - began, len(samples))
-        return decisions
-
-    def _slow(self, samples: int) -> bool:
-        """The event loop would feel it: the model takes long, or its thread has it."""
-        return self._in_thread > 0 or self._pace_s * samples > _INLINE_S
-
-    def _pace(self, seconds: float, samples: int) -> None:
-        if samples:
-            self._pace_s += 0.1 * (seconds / samples - self._pace_s)
-
-    async def _escalate(self, runtime: EdgeRuntime, drift: Drift, decisions: Sequence[Decision], budget_s: float | None) -> list[Answer]:
+    async def _escalate(self, serving: Serving, decisions: Sequence[Decision], budget_s: float | None) -> list[Answer]:
         """The cloud's answers, in order; of tensors, which no large model reads, the small model's."""
         unreadable = [isinstance(decision.sample.payload, Tensors) for decision in decisions]
         if self._client is None:
             return [degraded(d.answer, _TENSORS if stuck else NO_CLOUD) for d, stuck in zip(decisions, unreadable, strict=True)]
         if any(unreadable):
             readable = [decision for decision, stuck in zip(decisions, unreadable, strict=True) if not stuck]
-            rest = iter(await self._escalate(runtime, drift, readable, budget_s) if readable else ())
+            rest = iter(await self._escalate(serving, readable, budget_s) if readable else ())
             return [degraded(d.answer, _TENSORS) if stuck else next(rest) for d, stuck in zip(decisions, unreadable, strict=True)]
+        runtime, drift = serving
         task, gate = runtime.task, runtime.calibration.hint
         messages = [
             to_predict(
@@ -287,6 +268,25 @@ class Router:
             else answer
             for answer in answers
         ]
+
+
+def _begun(serving: Serving, decisions: list[Decision], started: float) -> Begun:
+    return Begun(serving, decisions, [decision for decision in decisions if not decision.local], started)
+
+
+def _follow(answers: asyncio.Future[list[Answer]], task: asyncio.Future[list[Answer]]) -> None:
+    """`answers` ends as `task` does; whoever cancels `answers` cancels the task."""
+
+    def ended(done: asyncio.Future[list[Answer]]) -> None:
+        if done.cancelled():
+            answers.cancel()
+        elif (error := done.exception()) is not None and not answers.done():
+            answers.set_exception(error)
+        elif not answers.done():
+            answers.set_result(done.result())
+
+    task.add_done_callback(ended)
+    answers.add_done_callback(lambda given_up: task.cancel() if given_up.cancelled() else None)
 
 
 def _drift(runtime: EdgeRuntime) -> Drift:

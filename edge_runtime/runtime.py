@@ -17,8 +17,8 @@ import numpy as np
 
 from edge_runtime.engines.onnx import OrtBackend
 from edge_runtime.engines.protocol import Backend, Engine, Outputs
-from edge_runtime.golden import check_golden, golden_name
-from kcm.bundle import Bundle, Manifest, Precision, load_bundle
+from edge_runtime.golden import check_golden
+from kcm.bundle import Bundle, Manifest, Precision, golden_name, load_bundle
 from kcm.calibration import Calibration
 from kcm.errors import BundleError, EngineError
 from kcm.policy import stays_local

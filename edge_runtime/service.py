@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
@@ -42,8 +42,7 @@ class EdgeService(edge_pb2_grpc.EdgeServicer):  # type: ignore[misc]
 
     async def Infer(self, request: edge_pb2.InferRequest, context: Context) -> edge_pb2.InferReply:
         try:
-            begun = self._begin(request, context.time_remaining())
-            return begun if isinstance(begun, edge_pb2.InferReply) else await begun
+            return _reply(await self._router.ask(self._samples(request), context.time_remaining()))
         except InvalidSample as error:
             await self._refuse(context, error)
 
@@ -52,7 +51,7 @@ class EdgeService(edge_pb2_grpc.EdgeServicer):  # type: ignore[misc]
 
         async def read() -> None:
             async for request in requests:
-                await replies.put(self._begin(request, context.time_remaining()))
+                await replies.put(self._router.ask(self._samples(request), context.time_remaining()))
 
         reader = asyncio.create_task(read())
         self._readers.add(reader)
@@ -114,19 +113,6 @@ class EdgeService(edge_pb2_grpc.EdgeServicer):  # type: ignore[misc]
         for reader in self._readers:
             reader.cancel()
 
-    def _begin(
-        self, request: edge_pb2.InferRequest, remaining_s: float | None
-    ) -> edge_pb2.InferReply | Coroutine[Any, Any, edge_pb2.InferReply]:
-        """The reply itself where it is there at once. Raises InvalidSample."""
-        begun = self._router.begin(self._samples(request), remaining_s)
-        if isinstance(begun, list):
-            return _reply(begun)
-
-        async def rest() -> edge_pb2.InferReply:
-            return _reply(await begun)
-
-        return rest()
-
     def _samples(self, request: edge_pb2.InferRequest) -> list[Sample]:
         """Raises InvalidSample: which sample can't be read, and why."""
         if len(request.samples) > self._config.max_samples:
@@ -165,24 +151,21 @@ class EdgeService(edge_pb2_grpc.EdgeServicer):  # type: ignore[misc]
 
 
 class _Replies:
-    """Replies of one stream, in the order of its requests. What is there at once goes out at once; the rest has tasks, _WINDOW at most."""
+    """Replies of one stream, in the order of its requests. It reads on while earlier ones are worked on, _WINDOW at most."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._waiting: deque[asyncio.Task[edge_pb2.InferReply]] = deque()
+        self._waiting: deque[asyncio.Future[list[Answer]]] = deque()
         self._window = asyncio.Semaphore(_WINDOW)
         self._writer: asyncio.Task[None] | None = None
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def put(self, begun: edge_pb2.InferReply | Coroutine[Any, Any, edge_pb2.InferReply]) -> None:
-        """Returns once the reply is out, or there is room for it."""
-        if self._writer is None and isinstance(begun, edge_pb2.InferReply):
-            await self._context.write(begun)
-            return
-        await self._window.acquire()
-        self._waiting.append(asyncio.ensure_future(_done(begun) if isinstance(begun, edge_pb2.InferReply) else begun))
+    async def put(self, answers: asyncio.Future[list[Answer]]) -> None:
+        """Returns once there is room for more."""
+        self._waiting.append(answers)
         if self._writer is None:
             self._writer = asyncio.create_task(self._write())
+        await self._window.acquire()
 
     async def finish(self) -> None:
         """Returns once all of them are out. Raises what one of them raised."""
@@ -199,16 +182,12 @@ class _Replies:
     async def _write(self) -> None:
         try:
             while self._waiting:
-                await self._context.write(await self._waiting[0])
+                await self._context.write(_reply(await self._waiting[0]))
                 self._waiting.popleft()
                 self._window.release()
             self._writer = None
         except Exception as error:  # the stream ends with it, whatever it is
             self.failed.set_exception(error)
-
-
-async def _done(reply: edge_pb2.InferReply) -> edge_pb2.InferReply:
-    return reply
 
 
 def _reply(answers: list[Answer]) -> edge_pb2.InferReply:

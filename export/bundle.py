@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,42 +14,68 @@ import msgspec
 import numpy as np
 import tomli_w
 
-from export.graph import fuse_ngrams
+from export.precisions import Graphs, preprocessor_of, tokenizer_json
+from export.recalibrate import Basis, basis, recalibrated
 from export.session import Session
-from kcm.bundle import GraphSpec, Manifest, write_manifest
+from kcm.bundle import GraphSpec, Manifest, Precision, golden_name, write_manifest
 from kcm.calibration import Calibration, Threshold
-from kcm.preprocess import load_preprocessor
-from training.encoder import EncoderHead
-from training.ngrams import NgramModel
-from training.run import Run
+from training.run import Run, made
 
 CANDIDATES = 5  # of the hint
 GOLDEN = 64
+_ORDER: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 _GOLDEN_CHARACTERS = 2000  # of each golden text
 
 
-def export_bundle(run: Run, out: Path, *, golden_texts: list[str]) -> Manifest:
+def export_bundle(
+    run: Run,
+    out: Path,
+    *,
+    golden_texts: list[str],
+    precisions: Sequence[Precision] = ("fp32",),
+    fresh_texts: Sequence[str] = (),
+    progress: Callable[[str], None] = lambda _: None,
+) -> Manifest:
     """Write the bundle of `run` to `out`; its manifest comes last.
 
     Args:
         out: is emptied first; `kcm export` builds beside the target and renames.
         golden_texts: up to GOLDEN are shipped with their expected outputs; the edge refuses a bundle that answers otherwise.
+        precisions: fp32 is always among them: the others are verified against it.
+        fresh_texts: what the others' ε is chosen on (export.recalibrate).
+
+    Raises:
+        ConfigError: the folder can't be made, or the user's own graph can't be converted.
+        DataError: a precision other than fp32 can't be calibrated for what the run's ε was chosen for.
     """
     shutil.rmtree(out, ignore_errors=True)
-    (out / "models").mkdir(parents=True)
+    made(out / "models")
     candidates = min(CANDIDATES, len(run.task.labels))
-    model = fuse(run, candidates)
-    (out / "models" / "fp32.onnx").write_bytes(model)
     tokenizer = tokenizer_json(run)
     if tokenizer:
         (out / "tokenizer.json").write_bytes(tokenizer)
     (out / "task.toml").write_text(tomli_w.dumps(run.task.shipped()), encoding="utf-8")
-    calibration = {"fp32": calibrated(run.threshold, calibration_id(run, model, "fp32"))}
+    preprocessor = preprocessor_of(run)
+    graphs, sizes = Graphs(run, candidates), dict[Precision, int]()
+    calibration: dict[str, Calibration] = {}
+    on: Basis | None = None
+    for precision in [p for p in _ORDER if p == "fp32" or p in precisions]:
+        progress(f"{precision} graph")
+        model = graphs.fuse(precision)
+        (out / "models" / f"{precision}.onnx").write_bytes(model)
+        session = Session(model)
+        if precision == "fp32":
+            plain, threshold = session, run.threshold
+        else:
+            progress(f"ε of {precision}")
+            on = on or basis(run, plain, preprocessor, fresh_texts)
+            threshold = recalibrated(run, on, session, Session(graphs.judge(precision)))
+        calibration[precision] = calibrated(threshold, calibration_id(run, model, precision))
+        sizes[precision] = len(model)
+        np.savez(out / golden_name(precision), **golden(session, preprocessor, golden_texts))
     (out / "calibration.json").write_bytes(msgspec.json.encode(calibration))
-    preprocessor = load_preprocessor(run.task.preprocess, {"tokenizer.json": tokenizer} if tokenizer else {})
-    np.savez(out / "golden.npz", **golden(Session(model), preprocessor, golden_texts))
     (out / "metrics.json").write_text(json.dumps(run.metrics, indent=1))
-    (out / "MODEL_CARD.md").write_text(model_card(run, len(model)), encoding="utf-8")
+    (out / "MODEL_CARD.md").write_text(model_card(run, sizes, calibration), encoding="utf-8")
     return write_manifest(
         out,
         task=run.task,
@@ -60,22 +87,9 @@ def export_bundle(run: Run, out: Path, *, golden_texts: list[str]) -> Manifest:
     )
 
 
-def fuse(run: Run, candidates: int) -> bytes:
+def fuse(run: Run, candidates: int, precision: Precision = "fp32") -> bytes:
     """The fused graph of a run, serialised."""
-    if isinstance(run.small, NgramModel):
-        return bytes(fuse_ngrams(run.small, run.router, candidates).SerializeToString())
-    if isinstance(run.small, EncoderHead):
-        from export.encoder import fuse_encoder
-
-        return fuse_encoder(run.small, run.router, candidates)
-    from export.fixed import fuse_fixed
-
-    return fuse_fixed(run.small, run.router, candidates)
-
-
-def tokenizer_json(run: Run) -> bytes:
-    """What the device's tokenizer reads; empty for n-grams, which need no file."""
-    return b"" if isinstance(run.small, NgramModel) else bytes(run.small.tokenizer_json)
+    return Graphs(run, candidates).fuse(precision)
 
 
 def golden(session: Session, preprocessor: Any, texts: list[str]) -> dict[str, Any]:
@@ -109,16 +123,19 @@ def calibration_id(run: Run, model: bytes, precision: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def model_card(run: Run, size: int) -> str:
+def model_card(run: Run, sizes: Mapping[Precision, int], calibration: Mapping[str, Calibration]) -> str:
+    """Args: sizes: of each precision's graph, in bytes."""
     task, threshold = run.task, run.threshold
     labelled = int(run.labelled.sum())
     rate = "" if threshold.cloud_rate is None else f", {threshold.cloud_rate:.1%} cloud calls on {threshold.samples} calibration samples"
+    small, judge, size = task.small.kind, task.judge.kind, sizes["fp32"] / 1e6
     return (
         f"# {task.id}, round {run.info.round}\n\n"
-        f"- {len(task.labels)} labels; small model `{task.small.kind}`, judge `{task.judge.kind}`; fp32 graph of {size / 1e6:.1f} MB\n"
+        f"- {len(task.labels)} labels; small model `{small}`, judge `{judge}`; fp32 graph of {size:.1f} MB\n"
         f"- fitted on {labelled} labelled texts and {len(run.labelled) - labelled} that the large model answered"
         f" (`{run.info.teacher_id or 'none'}`), seed {run.info.seed}\n"
         f"- ε = {threshold.epsilon:.4f} by {threshold.method}{rate}\n"
+        f"{''.join(_lowered(precision, sizes[precision], calibration[precision]) for precision in sizes if precision != 'fp32')}"
         f"- routes by {threshold.head.head}: {threshold.head.reason}\n"
         f"- hint: {threshold.hint.arm} ({threshold.hint.reason})\n"
         f"- promise: {_promised(threshold)}\n"
@@ -127,10 +144,15 @@ def model_card(run: Run, size: int) -> str:
     )
 
 
+def _lowered(precision: Precision, size: int, threshold: Threshold) -> str:
+    how = {"fp16": "fp16 small model and judge layers", "int8": "int8 small model, fp32 judge"}[precision]
+    rate = f"{threshold.cloud_rate:.1%} cloud calls on {threshold.samples} samples"
+    return f"- {precision}: {size / 1e6:.1f} MB ({how}), ε = {threshold.epsilon:.4f}, {rate}\n"
+
+
 def _promised(threshold: Threshold) -> str:
     if threshold.guarantee is None:
         return "none"
     promise = threshold.guarantee
-    return (
-        f"at most {100 * promise.max_drop:g} points below the large model `{threshold.teacher_id}` with {promise.confidence:.0%} confidence"
-    )
+    drop, confidence = 100 * promise.max_drop, 100 * promise.confidence
+    return f"at most {drop:g} points below the large model `{threshold.teacher_id}` with {confidence:g}% confidence"

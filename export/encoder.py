@@ -12,7 +12,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from export.fixed import TOKEN_INPUTS, append_to, token_counts
+from export.fixed import TOKEN_INPUTS, Counts, adapted, append_to, token_counts
 from export.graph import OPSET
 from training.encoder import EncoderHead, Pooled
 from training.select import Router
@@ -36,9 +36,16 @@ class _Logits(nn.Module):
 
 def fuse_encoder(small: EncoderHead, router: Router, candidates: int) -> bytes:
     """input_ids, attention_mask int64 [B, L] → logits, top_ids, top_probs, confidence, score; serialised."""
-    model = trace(_Logits(small))
-    counts = token_counts(unknown_id(small.tokenizer_json))
-    return append_to(model, "logits", TOKEN_INPUTS, counts, router, len(small.bias), candidates)
+    return append_to(encoder_graph(small), encoder_counts(small), router, len(small.bias), candidates)
+
+
+def encoder_graph(small: EncoderHead) -> onnx.ModelProto:
+    """The encoder with its head, from our inputs to `logits`."""
+    return adapted(trace(_Logits(small)), "logits", TOKEN_INPUTS, len(small.bias))
+
+
+def encoder_counts(small: EncoderHead) -> Counts:
+    return token_counts(unknown_id(small.tokenizer_json))
 
 
 def trace(module: nn.Module) -> onnx.ModelProto:

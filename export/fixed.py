@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,6 +14,7 @@ from export.judge import append_judge
 from export.nodes import Nodes
 from kcm.errors import ConfigError
 from training.fixed import ZERO_INPUTS, FixedGraph
+from training.kan_forms import Precision as JudgePrecision
 from training.select import Router
 from training.tokens import unknown_id
 
@@ -30,18 +32,21 @@ def fuse_fixed(small: FixedGraph, router: Router, candidates: int) -> bytes:
     Raises:
         ConfigError: it has an opset below 18 and can't be converted.
     """
-    model = onnx.load_model_from_string(small.model)
-    if small.tokenizer_json:
-        inputs, counts = TOKEN_INPUTS, token_counts(unknown_id(small.tokenizer_json))
-    else:
-        inputs, counts = _NGRAM_INPUTS, word_counts(small.buckets)
-    return append_to(model, small.logits, inputs, counts, router, small.classes, candidates)
+    return append_to(fixed_graph(small), fixed_counts(small), router, small.classes, candidates)
 
 
-def append_to(
-    model: onnx.ModelProto, logits: str, inputs: dict[str, int], counts: Counts, router: Router, classes: int, candidates: int
-) -> bytes:
-    """A graph that reads `inputs` (name → element type), all [B, L], and gives the bundle's five outputs; serialised.
+def fixed_graph(small: FixedGraph) -> onnx.ModelProto:
+    """The user's graph from our inputs to `logits`. Raises as fuse_fixed does."""
+    inputs = TOKEN_INPUTS if small.tokenizer_json else _NGRAM_INPUTS
+    return adapted(onnx.load_model_from_string(small.model), small.logits, inputs, small.classes)
+
+
+def fixed_counts(small: FixedGraph) -> Counts:
+    return token_counts(unknown_id(small.tokenizer_json)) if small.tokenizer_json else word_counts(small.buckets)
+
+
+def adapted(model: onnx.ModelProto, logits: str, inputs: dict[str, int], classes: int) -> onnx.ModelProto:
+    """A graph that reads `inputs` (name → element type), all [B, L], and gives `logits` [B, C] as fp32, its own names prefixed.
 
     The graph's own inputs may be fewer, of another type, or among training.fixed.ZERO_INPUTS.
     """
@@ -51,31 +56,49 @@ def append_to(
     given = {value.name: value.type.tensor_type.elem_type for value in graph.input if value.name not in constants}
     element = next(v.type.tensor_type.elem_type for v in graph.output if v.name == _PREFIX + logits)
 
-    before, after = Nodes("in/"), Nodes()
+    before, after = Nodes("in/"), Nodes("out/")
     for name, kind in given.items():
         _feed(before, name.removeprefix(_PREFIX), name, kind, inputs)
     if element == TensorProto.FLOAT:
         after("Identity", _PREFIX + logits, out="logits")
     else:
         after("Cast", _PREFIX + logits, out="logits", to=TensorProto.FLOAT)
-    length, unknown = counts(after)
-    append_judge(after, router, "logits", length, unknown, candidates)
-
-    nodes = [*before.nodes, *graph.node, *after.nodes]
-    for field, values in (
-        ("node", nodes),
-        ("initializer", [*graph.initializer, *before.initializers, *after.initializers]),
-        ("input", [helper.make_tensor_value_info(name, kind, ["B", "L"]) for name, kind in inputs.items()]),
-        ("output", bundle_outputs(classes, candidates)),
-        ("value_info", []),  # shapes under the names of another graph; the runtime infers its own
-    ):
-        kept = list(values)
-        graph.ClearField(field)
-        getattr(graph, field).extend(kept)
+    _replace(
+        graph,
+        node=[*before.nodes, *graph.node, *after.nodes],
+        initializer=[*graph.initializer, *before.initializers],
+        input=[helper.make_tensor_value_info(name, kind, ["B", "L"]) for name, kind in inputs.items()],
+        output=[helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["B", classes])],
+        value_info=[],  # shapes under the names of another graph; the runtime infers its own
+    )
     model.ir_version = max(model.ir_version, _IR)
+    return model
+
+
+def append_to(
+    model: onnx.ModelProto, counts: Counts, router: Router, classes: int, candidates: int, precision: JudgePrecision = "fp32"
+) -> bytes:
+    """The bundle's five outputs behind an adapted graph's `logits`; serialised. `model` is changed."""
+    graph = model.graph
+    nodes = Nodes()
+    length, unknown = counts(nodes)
+    append_judge(nodes, router, "logits", length, unknown, candidates, precision)
+    _replace(
+        graph,
+        node=[*graph.node, *nodes.nodes],
+        initializer=[*graph.initializer, *nodes.initializers],
+        output=bundle_outputs(classes, candidates),
+        value_info=[],
+    )
     model.producer_name = graph.name = "kcm"
     onnx.checker.check_model(model)
     return bytes(model.SerializeToString())
+
+
+def _replace(graph: onnx.GraphProto, **fields: list[Any]) -> None:
+    for name, values in fields.items():
+        graph.ClearField(name)
+        getattr(graph, name).extend(values)
 
 
 def token_counts(unknown: int | None) -> Counts:

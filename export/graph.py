@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from export.judge import append_judge
 from export.nodes import Nodes
+from export.quantise import int8_rows
+from kcm.bundle import Precision
+from training.kan_forms import Precision as JudgePrecision
 from training.ngrams import TINY, NgramModel
 from training.select import Router
 
@@ -18,35 +22,34 @@ OPSET = 18
 IR_VERSION = 10
 
 
-def fuse_ngrams(small: NgramModel, router: Router, candidates: int) -> onnx.ModelProto:
+def fuse_ngrams(small: NgramModel, router: Router, candidates: int, precision: Precision = "fp32") -> onnx.ModelProto:
     """ids int32 [B, L], weights float32 [B, L] → logits, top_ids, top_probs, confidence, score.
 
-    Mirrors NgramModel.forward.
+    Mirrors NgramModel.forward. The precision is of the tables, which are nearly all there is: a text looks up a few rows, and their
+    norms and sums stay fp32, which costs nothing beside the look-up. int8 is of weights alone, a scale for each row: there is no
+    product worth quantising. The judge is fp16 where the tables are, else fp32.
     """
     nodes = Nodes()
     rows = nodes("Gather", small.row.numpy(), "ids")
-    scaled = nodes("Mul", nodes("Gather", small.idf.numpy(), rows), nodes("Unsqueeze", "weights", np.array([2])))  # [B, L, 3]
-    norm = nodes("Sqrt", nodes("ReduceSum", nodes("Mul", scaled, scaled), np.array([1]), keepdims=1))
-    share = nodes("Div", small.share.numpy(), nodes("Add", norm, TINY))
+    scaled = nodes("Mul", _rows(nodes, small.idf.numpy(), rows, precision), nodes("Unsqueeze", "weights", np.array([2])))  # [B, L, 3]
+    share = nodes("Div", small.share.numpy(), _norm(nodes, scaled))
     coefficient = nodes("ReduceSum", nodes("Mul", scaled, share), np.array([2]), keepdims=0)  # [B, L]
-    logits = _weighted_rows(nodes, coefficient, nodes("Gather", small.table.numpy(), rows))
+    logits = _weighted_rows(nodes, coefficient, small.table.numpy(), rows, precision)
 
-    word = nodes("And", nodes("Less", "ids", np.array(small.buckets, np.int32)), nodes("Greater", "weights", 0.0))
-    word_float = nodes("Cast", word, to=TensorProto.FLOAT)
-    known = nodes("Greater", rows, np.array(0, np.int32))
+    words, flags = _word_rows(small)
+    word = nodes("Gather", words, nodes("Min", "ids", np.array(small.buckets, np.int32)))
     if len(small.vectors) > 1:
-        word_ids = nodes("Where", word, "ids", np.array(0, np.int32))
-        vector_rows = nodes("Mul", nodes("Gather", small.vector_row.numpy(), word_ids), nodes("Cast", word, to=TensorProto.INT32))
-        mean = _unit(nodes, _weighted_rows(nodes, "weights", nodes("Gather", small.vectors.numpy(), vector_rows)))
-        dense = nodes("MatMul", _unit(nodes, nodes("Sub", mean, small.centre.numpy())), small.dense.numpy())
+        vectors = np.concatenate([small.vectors.numpy(), np.zeros((2, small.vectors.shape[1]), np.float32)])
+        mean = _unit(nodes, _weighted_rows(nodes, "weights", vectors, word, precision))
+        dense = _product(nodes, _unit(nodes, nodes("Sub", mean, small.centre.numpy())), small.dense.numpy(), precision)
         logits = nodes("Add", logits, dense)
-        known = nodes("Or", known, nodes("Greater", vector_rows, np.array(0, np.int32)))
     logits = nodes("Identity", logits, out="logits")
-    length = nodes("ReduceSum", word_float, np.array([1]), keepdims=1)
-    missing = nodes("Mul", word_float, nodes("Cast", nodes("Not", known), to=TensorProto.FLOAT))
-    unknown = nodes("Div", nodes("ReduceSum", missing, np.array([1]), keepdims=1), nodes("Max", length, 1.0))
+    counted = nodes("Sign", nodes("Unsqueeze", "weights", np.array([1])))  # 0 where the row is padded
+    counts = nodes("Squeeze", nodes("MatMul", counted, nodes("Gather", flags, word)), np.array([1]))  # [B, 2]
+    length, missing = nodes("Split", counts, axis=1, num_outputs=2, outputs=2)
+    unknown = nodes("Div", missing, nodes("Max", length, 1.0))
 
-    append_judge(nodes, router, logits, length, unknown, candidates)
+    append_judge(nodes, router, logits, length, unknown, candidates, judge_precision(precision))
     inputs = [
         helper.make_tensor_value_info("ids", TensorProto.INT32, ["B", "L"]),
         helper.make_tensor_value_info("weights", TensorProto.FLOAT, ["B", "L"]),
@@ -73,12 +76,66 @@ def bundle_outputs(classes: int, candidates: int) -> list[onnx.ValueInfoProto]:
     ]
 
 
-def _weighted_rows(nodes: Nodes, weights: str, rows: str) -> str:
-    """Σ_l weights [B, L] · rows [B, L, D] → [B, D], as one batched product."""
-    product = nodes("MatMul", nodes("Unsqueeze", weights, np.array([1])), rows)
+def fuse_judge(router: Router, candidates: int, classes: int, precision: Precision) -> onnx.ModelProto:
+    """The judge alone: small_logits [B, C], length and unknown [B, 1], all fp32 → the five outputs of a fused graph."""
+    nodes = Nodes()
+    logits = nodes("Identity", "small_logits", out="logits")
+    append_judge(nodes, router, logits, "length", "unknown", candidates, judge_precision(precision))
+    widths = {"small_logits": classes, "length": 1, "unknown": 1}
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", width]) for name, width in widths.items()]
+    return assemble(nodes, inputs, classes, candidates)
+
+
+def judge_precision(precision: Precision) -> JudgePrecision:
+    """An int8 bundle's judge is fp32: it is small, and ε stands on it."""
+    return "fp16" if precision == "fp16" else "fp32"
+
+
+def _rows(nodes: Nodes, table: NDArray[np.float32], rows: str, precision: Precision) -> str:
+    """Rows of a table [R, D] as fp32; narrow ones are kept as fp16."""
+    if precision == "fp32":
+        return str(nodes("Gather", table, rows))
+    return str(nodes("Cast", nodes("Gather", table.astype(np.float16), rows), to=TensorProto.FLOAT))
+
+
+def _weighted_rows(nodes: Nodes, weights: str, table: NDArray[np.float32], rows: str, precision: Precision) -> str:
+    """Σ_l weights [B, L] · table[rows [B, L]] → [B, D], as one batched product."""
+    if precision == "int8":
+        values, scale = int8_rows(nodes, table, rows, np.array([1]))  # [B, 1, L, D], [B, L]
+        product = nodes("MatMul", nodes("Unsqueeze", nodes("Mul", weights, scale), np.array([1, 2])), values)
+        return str(nodes("Squeeze", product, np.array([1, 2])))
+    product = nodes("MatMul", nodes("Unsqueeze", weights, np.array([1])), _rows(nodes, table, rows, precision))
     return str(nodes("Squeeze", product, np.array([1])))
 
 
+def _product(nodes: Nodes, x: str, weight: NDArray[np.float32], precision: Precision) -> str:
+    """x [B, D] @ weight [D, C] → fp32 [B, C]; |x| ≤ 1, so that fp16 can't overflow."""
+    if precision != "fp16":
+        return str(nodes("MatMul", x, weight))
+    narrow = nodes("MatMul", nodes("Cast", x, to=TensorProto.FLOAT16), weight.astype(np.float16))
+    return str(nodes("Cast", narrow, to=TensorProto.FLOAT))
+
+
+def _word_rows(small: NgramModel) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """What is known of each bucket, so that no mask is computed: rows int32 [buckets + 1], the last for what is no word, and flags [R, 2].
+
+    A row is 0 for an unknown word, 1..V for that word vector, V + 1 for a word that only the n-gram table knows, V + 2 for no word.
+    Its flags: it is a word; it is an unknown word.
+    """
+    known, none = len(small.vectors), len(small.vectors) + 1
+    vector = small.vector_row.numpy()
+    listed = small.row.numpy()[: small.buckets] > 0
+    rows = np.append(np.where((vector == 0) & listed, known, vector), none).astype(np.int32)
+    flags = np.zeros((none + 1, 2), np.float32)
+    flags[:none, 0] = 1
+    flags[0, 1] = 1
+    return rows, flags
+
+
+def _norm(nodes: Nodes, x: str) -> str:
+    """Of x over axis 1, which stays."""
+    return str(nodes("Add", nodes("ReduceL2", x, np.array([1]), keepdims=1), TINY))
+
+
 def _unit(nodes: Nodes, x: str) -> str:
-    norm = nodes("Sqrt", nodes("ReduceSum", nodes("Mul", x, x), np.array([1]), keepdims=1))
-    return str(nodes("Div", x, nodes("Add", norm, TINY)))
+    return str(nodes("Div", x, _norm(nodes, x)))

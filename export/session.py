@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kcm.errors import require
+from kcm.preprocess import Preprocessor
+
+Outputs = dict[str, NDArray[Any]]
+
+_BATCH = 32
 
 
 class Session:
@@ -20,5 +26,12 @@ class Session:
         self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         self._names = [output.name for output in self._session.get_outputs()]
 
-    def run(self, inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.generic]]:
+    def run(self, inputs: dict[str, NDArray[Any]]) -> Outputs:
         return dict(zip(self._names, self._session.run(None, inputs), strict=True))
+
+    def answer(self, preprocessor: Preprocessor, texts: Sequence[str]) -> Outputs:
+        """Every output for N texts, [N, ...]; in batches of like length, so that padding stays small."""
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        parts = [self.run(preprocessor.batch([texts[i] for i in order[start : start + _BATCH]])) for start in range(0, len(texts), _BATCH)]
+        back = np.argsort(order)
+        return {name: np.concatenate([part[name] for part in parts])[back] for name in self._names}

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from export.bundle import tokenizer_json
+from export.precisions import tokenizer_json
 from export.session import Session
 from kcm.bundle import Bundle
 from kcm.errors import VerifyError
@@ -16,7 +16,6 @@ from training.small import Small
 
 LOGITS = 1e-3  # relative to the largest logit
 CONFIDENCE = 1e-3  # and of the routing score: a decision may differ only where it lies this near to ε
-_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,8 @@ def verify(run: Run, kind: Small, bundle: Bundle, texts: list[str]) -> Report:
     confidence, score = run.judge.confidence(predictions), run.score(predictions)
     preprocessor = load_preprocessor(bundle.task.preprocess, bundle.files)
     session = Session(bundle.model("fp32"))
-    parts = [session.run(preprocessor.batch(texts[i : i + _BATCH])) for i in range(0, len(texts), _BATCH)]
-    logits, c, s, top = (np.concatenate([part[name] for part in parts]) for name in ("logits", "confidence", "score", "top_ids"))
+    out = session.answer(preprocessor, texts)
+    logits, c, s, top = (out[name] for name in ("logits", "confidence", "score", "top_ids"))
 
     moved = (s > epsilon) != (score > epsilon)
     excused = moved & (np.abs(score - epsilon) < CONFIDENCE)

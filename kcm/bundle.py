@@ -34,6 +34,11 @@ def as_precision(name: str) -> Precision:
     return precision
 
 
+def golden_name(precision: Precision) -> str:
+    """The file that holds a precision's golden outputs."""
+    return "golden.npz" if precision == "fp32" else f"golden-{precision}.npz"
+
+
 class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     sha256: Sha256
     size: Annotated[int, msgspec.Meta(ge=0)]

@@ -106,7 +106,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
             sample_id=self.sample_id,
             label_id=self.label_id,
             label=self.label,
-            source=int(self.source),  # type: ignore[arg-type]
+            source=int(self.source),
             confidence=self.confidence,
             model_id=self.model_id,
             reason=self.reason,

@@ -81,7 +81,8 @@ def logger_of(trt: Any) -> Any:
             elif severity != trt.ILogger.Severity.INFO:
                 self.errors.append(text)
             if self.echo is not None:
-                print(text, file=self.echo, flush=True)
+                self.echo.write(f"{text}\n")
+                self.echo.flush()
 
         def take_errors(self) -> str:
             said = " | ".join(dict.fromkeys(self.errors)) or "it gave no reason"

@@ -94,7 +94,7 @@ class OrtEngine:
             self._session._model_bytes = None
         self.provider: str = self._session.get_providers()[0]
         self._check_signature(graph, classes)
-        self._one = _One(self._session, graph, classes) if self.provider == _CPU else None
+        self._one: _One | None = _One(self._session, graph, classes) if self.provider == _CPU else None
 
     def infer(self, inputs: Inputs) -> Outputs:
         if self._one is not None and len(next(iter(inputs.values()))) == 1:
@@ -107,7 +107,7 @@ class OrtEngine:
             raise EngineError(f"{self.provider} failed: {error}") from error
 
     def close(self) -> None:
-        del self._one, self._session
+        self._one = self._session = None
 
     def _check_signature(self, graph: GraphSpec, classes: int) -> None:
         inputs = tuple(node.name for node in self._session.get_inputs())

@@ -33,10 +33,10 @@ def export(
 ) -> None:
     """One fused ONNX graph (small model, judge, candidates, C_x), verified against torch, in a bundle with hashes.
 
-    fp32 answers as the run does. fp16 halves the graph: for GPUs and for memory (a CPU computes it in fp32). int8 quarters it: tables of
-    n-grams as int8 rows, an encoder's products by ranges that the run's own texts give; the judge stays fp32. Each of them gets its own
-    ε: the calls, accuracy or promise that `kcm calibrate` was asked for, chosen again on its own scores. `kcm verify` says what
-    each one loses.
+    fp32 answers as the run does. fp16 halves the graph: for GPUs and for memory (a CPU computes it in fp32). int8 leaves a third of
+    an n-gram model and a quarter of an encoder: tables as int8 rows, products by ranges that the run's own texts give; the judge stays
+    fp32. Each of them gets its own ε: the calls, accuracy or promise that `kcm calibrate` was asked for, chosen again on its own
+    scores. `kcm verify` says what each one loses.
 
     Try it: kcm export runs/train/1 --out bundle
             kcm export runs/train/1 --out bundle --precision fp16 --precision int8

@@ -7,7 +7,7 @@ import contextlib
 import random
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Serving:
 
     def measure(self) -> dict[str, float]:
         """CPU µs of the server per sample, and requests/s (_rps), by figure."""
+        before = self._answered()
         taken = {
             "empty": self._cpu("empty", self._tensors, _CALLS),
             "unary": self._cpu("edge", self._tensors, _CALLS),
@@ -63,6 +64,8 @@ class Serving:
         taken["busy_empty"], _ = self._run("empty", unary, self._tensors, _BUSY_CALLS, BUSY)
         taken["busy_unary"], taken["unary_rps"] = self._run("edge", unary, self._tensors, _BUSY_CALLS, BUSY)
         taken["busy_stream"], taken["stream_rps"] = self._run("edge", stream, self._tensors, _BUSY_CALLS, BUSY)
+        sent = 2 * (_CALLS + _BATCHES * BATCH + _BUSY_CALLS)
+        assert self._answered() - before == sent, "every sample that is divided by was answered here"
         return taken
 
     def close(self) -> None:
@@ -81,10 +84,15 @@ class Serving:
         seconds = time.perf_counter() - began
         return (cpu_seconds(pid) - cpu) / calls * 1e6, calls / seconds
 
+    def _answered(self) -> int:
+        """Samples that the daemon has answered LOCAL so far, by its own count."""
+        status = self._loop.run_until_complete(_awaited(self._stubs["edge"].Status(edge_pb2.StatusRequest())))
+        return int(status.answered_local)
+
     def _check(self) -> None:
         """Both forms of a sample get the same answer, from the device: the bench measures what it says."""
         edge = self._stubs["edge"]
-        tensors, text = (self._loop.run_until_complete(_reply(edge, request)) for request in (self._tensors32[0], self._text32[0]))
+        tensors, text = (self._loop.run_until_complete(_awaited(edge.Infer(request))) for request in (self._tensors32[0], self._text32[0]))
         assert [int(answer.source) for answer in tensors.answers] == [int(Source.LOCAL)] * BATCH
         assert [answer.label_id for answer in tensors.answers] == [answer.label_id for answer in text.answers]
 
@@ -161,6 +169,6 @@ async def _connected(address: str) -> grpc.aio.Channel:
     return channel
 
 
-async def _reply(stub: Any, request: edge_pb2.InferRequest) -> edge_pb2.InferReply:
-    reply: edge_pb2.InferReply = await stub.Infer(request)
-    return reply
+async def _awaited(call: Awaitable[Any]) -> Any:
+    """A gRPC call is awaitable and no coroutine, which a loop wants."""
+    return await call

@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 from cloud_server.compact import compact
 from kcm.app.calibrate import parse_drop
 from kcm.app.cli import build
+from kcm.app.export import export_run
 from kcm.app.models import LargeInProcess, load_small_kind
+from kcm.bundle import load_bundle
 from kcm.errors import ConfigError, DataError, StoreError
 from kcm.task import load_task
 from training.calibrate import distinct, divide, for_rate, reference
@@ -203,3 +205,21 @@ def test_a_promise_is_of_the_answers_under_the_gate(run: Path, tiny_task: Path, 
     without = large.logits(split.texts, [None] * len(split)).argmax(1) == split.y
     assert (with_hints != without).any(), "a model that doesn't listen would make this test empty"
     assert said["curve"]["1.0"]["accuracy"] == pytest.approx(with_hints.mean())  # type: ignore[index]
+
+
+def test_the_answers_that_epsilon_was_weighed_on_stay_with_the_run_for_other_precisions(run: Path, large: Path) -> None:
+    """fp16 and int8 get an ε of their own for the same promise, without the large model."""
+    calibrate(run, "--accuracy", 0.3, "--large", large, "--hint", "none")
+    rest = divide(distinct(load_split(load_run(run).task, "calibration")))[1]
+    kept = load_run(run).answered
+    assert kept is not None and kept.texts == rest.texts and np.array_equal(kept.labels, rest.y)
+    assert (kept.large == kept.labels).mean() == pytest.approx(_large_accuracy(run, large, rest))
+    narrow = load_bundle(_exported(run, run.parent / "bundle")).calibration
+    assert all(narrow[p].method == "accuracy" and narrow[p].samples == len(rest) for p in ("fp32", "fp16", "int8"))
+    calibrate(run, "--cloud-rate", 0.3)
+    assert load_run(run).answered is None
+
+
+def _exported(run: Path, out: Path) -> Path:
+    export_run(run, out, force=False, precisions=("fp32", "fp16", "int8"))
+    return out

@@ -205,7 +205,7 @@ def run_all(backend: TensorRTBackend, gpu: Gpu) -> None:
 def test_our_code_asks_for_nothing_that_the_version_lacks(flavour: str) -> None:
     """Attributes, assignments, arguments and their types, in the build and in the run."""
     watch = driven(flavour)
-    assert watch.wrong == []
+    assert watch.wrong == [] and watch.uncalled == set()
     assert {name for name, _, _ in watch.seen} == {"compile.py", "execute.py", "tensorrt.py"}
 
 

@@ -19,10 +19,11 @@ from onnx import numpy_helper
 from tiny_kit import LABELS, sentences
 
 from edge_runtime import EdgeRuntime
-from export.bundle import GOLDEN, export_bundle
+from export.bundle import GOLDEN, export_bundle, model_card
 from export.verify import Report, verify
 from kcm.app.export import export_run
 from kcm.bundle import GraphSpec, load_bundle, write_manifest
+from kcm.calibration import Guarantee
 from kcm.errors import BundleError, ConfigError, VerifyError
 from kcm.sample import Sample, Source
 from kcm.task import load_task
@@ -234,3 +235,19 @@ def test_the_manifest_lists_what_is_there(bundle_dir: Path) -> None:
     assert set(manifest.files) == {"MODEL_CARD.md", "calibration.json", "golden.npz", "metrics.json", "models/fp32.onnx", "task.toml"}
     assert manifest.files["task.toml"].sha256 == hashlib.sha256((bundle_dir / "task.toml").read_bytes()).hexdigest()
     assert (manifest.graph.inputs, manifest.graph.candidates, manifest.precisions) == (("ids", "weights"), 5, ("fp32",))
+
+
+def test_a_bundle_that_can_not_be_made_is_an_error_and_no_crash(tiny_run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "b", Path("/proc/kcm/b")):
+        with pytest.raises(ConfigError, match="can't be made") as error:
+            export_bundle(tiny_run, out, golden_texts=TEXTS)
+        assert "folder that you may write" in error.value.fix
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_card_says_a_high_confidence_in_full(tiny_run: Run) -> None:
+    promise = Guarantee(max_drop=0.005, confidence=0.9999, upper=0.004, effective_n=9000.0, method="m")
+    threshold = msgspec.structs.replace(tiny_run.threshold, guarantee=promise, teacher_id="t")
+    said = model_card(replace(tiny_run, threshold=threshold), {"fp32": 1}, {})
+    assert "promise: at most 0.5 points below the large model `t` with 99.99% confidence" in said
