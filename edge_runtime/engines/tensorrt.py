@@ -16,7 +16,7 @@ from edge_runtime.engines import cuda
 from edge_runtime.engines.build import BuildLimits, build_apart
 from edge_runtime.engines.compile import FLAGS, BuildSpec, Flavour, module_of
 from edge_runtime.engines.execute import TensorRTEngine
-from edge_runtime.engines.plans import PlanCache, PlanKey
+from edge_runtime.engines.plans import PlanCache, PlanKey, Sidecar
 from kcm.errors import EngineError, KcmError
 
 if TYPE_CHECKING:
@@ -76,23 +76,44 @@ class TensorRTBackend:
     def prepare(self, model: bytes, graph: GraphSpec) -> None:
         if why := cuda.why_no_device():
             raise EngineError(why)
-        key = self._key(model, graph)
         self._cancelled.clear()
+        self._built(model, self._key(model, graph))
+
+    def build_ahead(self, model: bytes, graph: GraphSpec, target: str) -> Sidecar:
+        """Build for a GPU that isn't here ("sm89"), into the cache. TensorRT-RTX alone can: the other one times its kernels on the GPU.
+
+        Raises:
+            EngineError: no such target, or the builder refused; the message holds its own words.
+        """
+        self.check_target(target)
+        return self._built(model, self._key_for(model, graph, target.lower()))
+
+    def check_target(self, target: str) -> None:
+        """Raises EngineError where nothing can be built ahead for it."""
+        trt = module_of(self.name)
+        if not hasattr(trt, "ComputeCapability"):
+            raise EngineError(f"{self.name} builds on the GPU that will run it", fix="run kcm edge there, or take tensorrt-rtx")
+        known = trt.ComputeCapability.__members__
+        if target.upper() not in known:
+            names = ", ".join(sorted((name.lower() for name in known if name.startswith("SM")), key=lambda name: int(name[2:])))
+            raise EngineError(f"{self.name} has no target {target!r}", fix=f"one of {names}")
+
+    def _built(self, model: bytes, key: PlanKey) -> Sidecar:
         spec = BuildSpec(
             flavour=self.name,
-            inputs=graph.inputs,
-            max_batch=graph.max_batch,
-            max_length=graph.max_length,
-            targets=(cuda.device().target,) if self.name == "tensorrt-rtx" else (),
-            workspace_mb=self._workspace_mb,
+            inputs=key.inputs,
+            max_batch=key.max_batch,
+            max_length=key.max_length,
+            targets=(key.target,) if self.name == "tensorrt-rtx" else (),
+            workspace_mb=key.workspace_mb,
         )
         built = build_apart(model, spec, self._limits, cancelled=self._cancelled)
         if built.report.version != key.version:
             raise EngineError(
                 f"the builder's {self.name} is {built.report.version}, this process has {key.version}", fix="restart the edge"
             )
-        self._cache.write(key, built.plan, built.report.seconds)
         log.info("%s %s built %d bytes in %.1f s", self.name, key.version, built.report.size, built.report.seconds)
+        return self._cache.write(key, built.plan, built.report.seconds)
 
     def cancel(self) -> None:
         """Kill the build that runs in another thread; its `prepare` raises EngineError."""
@@ -108,13 +129,16 @@ class TensorRTBackend:
         )
 
     def _key(self, model: bytes, graph: GraphSpec) -> PlanKey:
-        trt, device = module_of(self.name), cuda.device()
+        device = cuda.device()
+        # TensorRT chooses kernels by timing them on this very GPU.
+        return self._key_for(model, graph, device.target if self.name == "tensorrt-rtx" else f"{device.target} {device.name}")
+
+    def _key_for(self, model: bytes, graph: GraphSpec, target: str) -> PlanKey:
         return PlanKey(
             model=hashlib.sha256(model).hexdigest(),
             flavour=self.name,
-            version=trt.__version__,
-            # TensorRT chooses kernels by timing them on this very GPU.
-            target=device.target if self.name == "tensorrt-rtx" else f"{device.target} {device.name}",
+            version=module_of(self.name).__version__,
+            target=target,
             flags=FLAGS,
             inputs=graph.inputs,
             max_batch=graph.max_batch,

@@ -10,6 +10,7 @@ import typer
 
 from kcm.app.folders import claim, writable
 from kcm.app.progress import Steps
+from kcm.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +29,13 @@ def export(
     precision: Annotated[
         list[str] | None, typer.Option("--precision", help="fp32, fp16, int8 or all; give it several times. fp32 is always in.")
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option("--engine", help="Also build engines: tensorrt (on a GPU here) or tensorrt-rtx (also without one)."),
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option("--target", help="With tensorrt-rtx: sm86, sm89, sm120, ...; default: this machine's GPU.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -40,13 +48,28 @@ def export(
 
     Try it: kcm export runs/train/1 --out bundle
             kcm export runs/train/1 --out bundle --precision fp16 --precision int8
+            kcm export runs/train/1 --out bundle --precision all --engine tensorrt-rtx --target sm89
+
+    An engine never becomes part of the bundle: a device builds its own from the verified ONNX. Engines built here go to the cache
+    folder, where `kcm edge` on this machine finds them.
     """
+    from kcm.app.engines import build_engines, check_engine
+    from kcm.app.engines import table as engine_table
+
     chosen = parse_precisions(precision or ["fp32"])
+    targets = target or []
+    if engine is not None:
+        check_engine(engine, targets)
+    elif targets:
+        raise ConfigError("--target goes with an engine", fix="--engine tensorrt-rtx")
     manifest = export_run(run, out, force=force, precisions=chosen, steps=Steps(quiet=as_json or len(chosen) == 1))
     sizes = {name: manifest.files[f"models/{name}.onnx"].size for name in manifest.precisions}
+    engines = build_engines(out, engine, targets, Steps(quiet=as_json)) if engine is not None else []
     if as_json:
-        typer.echo(json.dumps({"bundle": str(out), "bundle_id": manifest.bundle_id, "model_bytes": sizes}))
+        typer.echo(json.dumps({"bundle": str(out), "bundle_id": manifest.bundle_id, "model_bytes": sizes, "engines": engines}))
         return
+    if engines:
+        typer.echo(engine_table(engines))
     if len(sizes) > 1:
         typer.echo("models: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items()))
         typer.echo(f"next: kcm verify {out} --run {run}   says what each precision loses")
