@@ -95,6 +95,12 @@ def build_apart(
         raise EngineError(f"the engine's builder can't be started: {error}", fix="check memory and the temporary folder's disk") from error
 
 
+def _say(line: str) -> None:
+    """At once: a builder that crashes says nothing more."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
 def _watch(process: subprocess.Popen[bytes], limits: BuildLimits, cancelled: threading.Event | None) -> str:
     """Wait for its end; why it was killed, where it was."""
     deadline = time.monotonic() + limits.seconds
@@ -184,7 +190,7 @@ def main() -> None:
         if request.spec.flavour == "tensorrt" and (why := why_no_device()):
             raise EngineError(why)
         trt = module_of(request.spec.flavour)
-        logger_of(trt).echo = sys.stderr
+        logger_of(trt).echo = _say
         built = build_plan(trt, sys.stdin.buffer.read(), request.spec)
         report = msgspec.structs.replace(built.report, warnings=(*built.report.warnings, *warnings))
         answer, plan = _Answer(report=report), built.plan

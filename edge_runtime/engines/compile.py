@@ -10,7 +10,8 @@ import functools
 import hashlib
 import time
 from collections import deque
-from typing import IO, Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import msgspec
 
@@ -71,7 +72,7 @@ def logger_of(trt: Any) -> Any:
             trt.ILogger.__init__(self)
             self.errors: deque[str] = deque(maxlen=10)
             self.warnings: deque[str] = deque(maxlen=20)
-            self.echo: IO[str] | None = None
+            self.echo: Callable[[str], object] | None = None  # told each line as it comes
 
         def log(self, severity: Any, text: str) -> None:
             if severity == trt.ILogger.Severity.VERBOSE:
@@ -81,8 +82,7 @@ def logger_of(trt: Any) -> Any:
             elif severity != trt.ILogger.Severity.INFO:
                 self.errors.append(text)
             if self.echo is not None:
-                self.echo.write(f"{text}\n")
-                self.echo.flush()
+                self.echo(text)
 
         def take_errors(self) -> str:
             said = " | ".join(dict.fromkeys(self.errors)) or "it gave no reason"

@@ -35,6 +35,7 @@ class Serving:
         """`edge`, `empty`: process id and address."""
         self._pids = {"edge": edge[0], "empty": empty[0]}
         self._loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(self._loop)  # gRPC asks for one outside of coroutines too
         self._channels, self._stubs = {}, {}
         for name, (_, address) in {"edge": edge, "empty": empty}.items():
             channel = self._loop.run_until_complete(_connected(address))
@@ -71,6 +72,7 @@ class Serving:
     def close(self) -> None:
         for channel in self._channels.values():
             self._loop.run_until_complete(channel.close())
+        asyncio.set_event_loop(None)
         self._loop.close()
 
     def _cpu(self, server: str, requests: Sequence[edge_pb2.InferRequest], calls: int) -> float:
