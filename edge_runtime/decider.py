@@ -18,7 +18,7 @@ from edge_runtime.runtime import Decision, EdgeRuntime
 from kcm.sample import Sample
 
 TURN = 32  # samples per run, and so per turn of the event loop
-_INLINE_S = 0.002  # an executor costs about 0.1 ms a call
+_INLINE_S = 0.004  # what other requests may have to wait for; a thread costs a busy device a third more CPU
 
 
 class Serving(NamedTuple):

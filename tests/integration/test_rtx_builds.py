@@ -2,11 +2,13 @@
 
 Its real ONNX parser and builder run through our own build code, for Ampere (SM86), Ada (SM89) and Blackwell (SM120). TensorRT-RTX has
 no Orin (SM87) target, and its plans are not TensorRT's: what runs on a Jetson is held to the API alone (test_engine_contract.py).
-The builder orders some things by address: with addresses fixed (`reproducible`), a plan that is built again is the same in every byte.
+The builder orders some things by address: with addresses fixed (`reproducible`) a plan that is built again is the same in every byte;
+of the large encoder it is the same but for the numbers in the builder's own names ("__mye102744"), which vary from build to build.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +71,7 @@ CASES = {
     LARGE: Case(Encoder, {"kind": "encoder", "path": str(cache_dir() / "models" / "minilm")}, {**TOKENS, "max_tokens": 64}, {}),
 }
 
+_again: dict[tuple[str, str, str], str] = {}  # how the plan of a second build compares
 _unlike: set[str] = set()  # why plans weren't compared
 _rows: list[tuple[str, str, str, int, int, float]] = []
 
@@ -86,9 +89,10 @@ def table(request: pytest.FixtureRequest) -> Iterator[None]:
         reporter.write_line(f"built by TensorRT-RTX {trt.__version__}'s ahead-of-time builder, never executed:")
         for reason in _unlike:
             reporter.write_line(f"not the same in a second build: {reason}")
-        reporter.write_line(f"{'model':28} {'precision':9} {'target':7} {'ONNX kB':>8} {'plan kB':>8} {'seconds':>8}")
+        reporter.write_line(f"{'model':28} {'precision':9} {'target':7} {'ONNX kB':>8} {'plan kB':>8} {'seconds':>8}  built again")
         for name, precision, target, onnx_size, size, seconds in _rows:
-            reporter.write_line(f"{name:28} {precision:9} {target:7} {onnx_size / 1e3:8.0f} {size / 1e3:8.0f} {seconds:8.2f}")
+            figures = f"{onnx_size / 1e3:8.0f} {size / 1e3:8.0f} {seconds:8.2f}"
+            reporter.write_line(f"{name:28} {precision:9} {target:7} {figures}  {_again.get((name, precision, target), '')}")
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +121,14 @@ def with_product(model: onnx.ModelProto) -> bytes:
 def types_in(model: bytes) -> set[int]:
     """Of the constants' elements, in ONNX's numbers."""
     return {tensor.data_type for tensor in onnx.load_model_from_string(model).graph.initializer}
+
+
+def alike(one: bytes, other: bytes) -> str:
+    """How two plans are the same; empty where they aren't. The builder numbers its own values, in large graphs not always alike."""
+    if one == other:
+        return "same bytes"
+    nameless = [re.sub(rb"__mye\d+", b"__mye", plan) for plan in (one, other)]
+    return "same but for names" if nameless[0] == nameless[1] else ""
 
 
 def run_of(case: Case, weights: Path) -> Run:
@@ -157,16 +169,12 @@ def test_every_exported_model_is_built_and_built_again_the_same(name: str, weigh
             plans.add(built.plan)
         assert len(plans) == len(TARGETS), "a plan is for its target"
         again = build_apart(model, spec_of(run, target), reproducible=True)
-        if again.plan != built.plan:
+        if not alike(again.plan, built.plan):
             # What lies where in the builder's memory also depends on whether Python had to compile a module that was just edited.
             built, again = again, build_apart(model, spec_of(run, target), reproducible=True)
         random = [warning for warning in again.report.warnings if warning.startswith("not reproducible")]
-        if again.plan != built.plan and name == LARGE:
-            # Seen now and then with a model of this size only, and not explained: said, not hidden, and no reason to fail a build.
-            random.append(
-                f"{name}, {precision}: {differing(again.plan, built.plan)} bytes of the plan differ from those of another process"
-            )
-        assert random or again.plan == built.plan, f"{precision}: another process builds another plan"
+        assert random or alike(again.plan, built.plan), f"{precision}: another process builds another plan"
+        _again[name, precision, target] = "not compared" if random else alike(again.plan, built.plan)
         _unlike.update(random)
 
 
