@@ -124,6 +124,7 @@ def _dry_run(settings: EdgeConfig, as_json: bool) -> None:
 def install(
     folder: Folder,
     store: Store,
+    precision: Annotated[str, typer.Option("--precision", help="What is tried: the one that `kcm edge` serves.")] = "fp32",
     force: Annotated[bool, typer.Option("--force", help="Also take one of another task or labels, or one that was rolled back.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -134,8 +135,9 @@ def install(
     Every hash is checked and the golden inputs must give the golden outputs here. A bundle that fails changes nothing.
     """
     from edge_runtime.bundles import BundleStore
+    from kcm.bundle import as_precision
 
-    state = BundleStore(store).install(folder, force=force)
+    state = BundleStore(store).install(folder, force=force, precision=as_precision(precision))
     _show({"current": state.current, "previous": state.previous}, as_json)
 
 

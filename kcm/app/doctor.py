@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from kcm.errors import ConfigError
+
 # By extra, what tells that it is installed.
 _EXTRAS = {
     "edge": ("grpcio", "apsw", "tokenizers"),
@@ -26,8 +28,10 @@ _OURS = ("kcm", "training", "export", "edge_runtime", "cloud_server", "protos")
 
 def doctor(
     bundle: Annotated[Path | None, typer.Option("--bundle", help="Also load this bundle, as `kcm edge` would.")] = None,
-    engine: Annotated[str, typer.Option("--engine", metavar="NAMES", help="With --bundle: engines in order of preference.")] = "auto",
-    precision: Annotated[str, typer.Option("--precision", help="With --bundle: fp32, fp16 or int8.")] = "fp32",
+    engine: Annotated[
+        str, typer.Option("--engine", metavar="NAMES", help="Only these, with commas; with --bundle in order of preference.")
+    ] = "auto",
+    precision: Annotated[str | None, typer.Option("--precision", help="With --bundle: fp32, fp16 or int8; default fp32.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """What is installed, which engines can run the graph here, and why not the others. Changes nothing, asks no network.
@@ -37,16 +41,18 @@ def doctor(
     Try it: kcm doctor
             kcm doctor --bundle bundle --engine tensorrt,onnx-cpu
     """
+    if bundle is None and precision is not None:
+        raise ConfigError("--precision says which model of a bundle to load", fix="add --bundle DIR")
     report: dict[str, Any] = {
         "kcm": version("kcm"),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "extras": {name: _installed(names) for name, names in _EXTRAS.items()},
         "problems": _problems(),
-        "engines": _engines(),
+        "engines": _engines(engine),
     }
     if bundle is not None:
-        report["bundle"] = _loaded(bundle, engine, precision)
+        report["bundle"] = _loaded(bundle, engine, precision or "fp32")
     typer.echo(json.dumps(report) if as_json else _text(report))
 
 
@@ -74,14 +80,14 @@ def _problems() -> list[str]:
     return found
 
 
-def _engines() -> list[dict[str, str]]:
-    """In the order of "auto" and then the rest: name, and why it can't run here (empty: it can)."""
+def _engines(asked: str) -> list[dict[str, str]]:
+    """In the order of "auto" and then the rest, or those asked for: name, and why it can't run here (empty: it can)."""
     try:
-        from edge_runtime.engines.chain import AUTO, BACKENDS
+        from edge_runtime.engines.chain import BACKENDS, named
     except ModuleNotFoundError as missing:
         return [{"name": "all", "reason": f"{missing.name} is not installed; fix: pip install 'kcm[edge,cpu]'"}]
-    names = [*AUTO, *(name for name in BACKENDS if name not in AUTO)]
-    return [{"name": name, "reason": BACKENDS[name]().probe()} for name in names]
+    names = ["auto", *BACKENDS] if asked == "auto" else [name.strip() for name in asked.split(",")]
+    return [{"name": backend.name, "reason": backend.probe()} for backend in named(names)]
 
 
 def _loaded(bundle: Path, engine: str, precision: str) -> dict[str, Any]:
@@ -106,7 +112,7 @@ def _text(report: dict[str, Any]) -> str:
         missing = [part for part, at in found.items() if at is None]
         said = ", ".join(f"{part} {at}" for part, at in found.items()) if not missing else f"not installed: {', '.join(missing)}"
         lines.append(f"  {name:13} {said}")
-    lines += ["", "engines, in the order of auto"]
+    lines += ["", "engines, in order"]
     lines += [f"  {at['name']:13} {'can run here' if not at['reason'] else at['reason']}" for at in report["engines"]]
     if "bundle" in report:
         at = report["bundle"]

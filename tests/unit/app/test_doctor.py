@@ -28,3 +28,13 @@ def test_a_bundle_is_loaded_as_the_edge_would(kcm: Any, tmp_path: Path) -> None:
     assert code == 10 and "CUDAExecutionProvider" in json.loads(out)["message"]
     (bundle / "models" / "fp32.onnx").write_bytes(b"damaged")
     assert kcm("doctor", "--bundle", bundle)[0] == 5
+
+
+def test_a_misspelt_engine_is_refused_with_the_known_ones(kcm: Any) -> None:
+    code, _, err = kcm("doctor", "--engine", "tensort")
+    assert code == 3 and "'tensort' is unknown" in err and "onnx-cpu" in err
+    assert [at["name"] for at in json.loads(kcm("doctor", "--engine", "onnx-cpu,onnx-cuda", "--json")[1])["engines"]] == [
+        "onnx-cpu",
+        "onnx-cuda",
+    ]
+    assert kcm("doctor", "--precision", "int8")[0] == 3

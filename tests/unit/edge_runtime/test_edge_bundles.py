@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import edge_kit
 import pytest
@@ -244,3 +245,11 @@ def test_sigkill_at_every_step_leaves_the_old_or_the_new(tmp_path: Path, made: l
         assert child.returncode == -signal.SIGKILL
     assert outcomes == sorted(outcomes, reverse=True), "once new, it stays new"
     assert {"old", "new"} == set(outcomes) and len(outcomes) > (20 if verb == "install" else 6)
+
+
+def test_the_precision_that_is_served_is_the_one_that_is_tried(tmp_path: Path, kcm: Any) -> None:
+    bundle = edge_kit.make_bundle(tmp_path / "b")
+    code, _, err = kcm("bundle", "install", bundle, "--store", tmp_path / "s", "--precision", "int8")
+    assert code == 5 and "has no int8 model, only fp32" in err and not BundleStore(tmp_path / "s").state().current
+    assert kcm("bundle", "install", bundle, "--store", tmp_path / "s", "--precision", "fp8")[0] == 3
+    assert kcm("bundle", "install", bundle, "--store", tmp_path / "s")[0] == 0
