@@ -16,6 +16,8 @@ from protos.kcm.v1 import edge_pb2_grpc
 
 log = logging.getLogger("kcm.edge")
 
+_TELL_S = 0.1
+
 
 async def serve(config: EdgeConfig, ready: Callable[[str, str], None]) -> None:
     """Run until SIGTERM or SIGINT.
@@ -50,6 +52,9 @@ async def serve(config: EdgeConfig, ready: Callable[[str, str], None]) -> None:
 async def _end(server: Server, service: EdgeService, grace_s: float) -> None:
     log.info("shutting down: answering what is in flight")
     service.stop_reading()
+    await server.set_serving(False)
+    # gRPC cancels without a word what arrives at a server that stops: so callers are told first, on the connections that they have.
+    await asyncio.sleep(min(_TELL_S, grace_s))
     await server.drain(grace_s)
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 NAME = "kcm.v1.Edge"
 _WINDOW = 64  # requests of one stream that are worked on at once
 _MAX_ID = 256
+_ENDING = "the edge is shutting down: send what was not answered again"
 
 
 class EdgeService(edge_pb2_grpc.EdgeServicer):  # type: ignore[misc]
@@ -41,6 +42,8 @@ class EdgeService(edge_pb2_grpc.EdgeServicer):  # type: ignore[misc]
         self._stopping = False
 
     async def Infer(self, request: edge_pb2.InferRequest, context: Context) -> edge_pb2.InferReply:
+        if self._stopping:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, _ENDING)
         try:
             return _reply(await self._router.ask(self._samples(request), context.time_remaining()))
         except InvalidSample as error:
@@ -61,7 +64,7 @@ class EdgeService(edge_pb2_grpc.EdgeServicer):  # type: ignore[misc]
             await asyncio.wait({reader, replies.failed}, return_when=asyncio.FIRST_COMPLETED)
             await replies.finish()
             if self._stopping:
-                await context.abort(grpc.StatusCode.UNAVAILABLE, "the edge is shutting down: send what was not answered again")
+                await context.abort(grpc.StatusCode.UNAVAILABLE, _ENDING)
             reader.result()
         except InvalidSample as error:
             await self._refuse(context, error)
@@ -108,7 +111,7 @@ class EdgeService(edge_pb2_grpc.EdgeServicer):  # type: ignore[misc]
         )
 
     def stop_reading(self) -> None:
-        """Take no more from open streams: what was read is answered, then they end as UNAVAILABLE."""
+        """Take no more: what was read is answered, then streams end as UNAVAILABLE, and so does each new call."""
         self._stopping = True
         for reader in self._readers:
             reader.cancel()

@@ -85,7 +85,8 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
         try:
             return self.files[f"models/{precision}.onnx"]
         except KeyError:
-            raise BundleError(f"{self.path} has no {precision} model, only {', '.join(self.manifest.precisions)}") from None
+            fix = f"kcm export RUN --out DIR --precision {precision}"
+            raise BundleError(f"{self.path} has no {precision} model, only {', '.join(self.manifest.precisions)}", fix=fix) from None
 
 
 def write_manifest(

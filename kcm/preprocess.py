@@ -93,6 +93,8 @@ def batch_of(payloads: Sequence[str | bytes | Tensors], preprocessor: Preprocess
         # A look-up beyond a table's end is an error in one runtime and foreign memory in another. Unsigned: negative ones are large.
         if spec.limit is not None and np.maximum.reduce(whole.view(_UNSIGNED[spec.dtype]), axis=None) >= spec.limit:
             raise ValueError(f"tensor {name!r} has a value outside 0..{spec.limit - 1}")
+        if spec.dtype.kind == "f" and not np.isfinite(whole).all():
+            raise ValueError(f"tensor {name!r} has a value that is no finite number")
         inputs[name] = whole
     return inputs
 

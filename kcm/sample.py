@@ -131,7 +131,10 @@ def payload_from_proto(message: sample_pb2.Payload) -> str | bytes:
 
 def edge_payload_from_proto(message: sample_pb2.Payload) -> str | bytes | Tensors:
     """What the device may read. Raises ValueError where no kind is set."""
-    return Tensors(dict(message.tensors.inputs)) if message.WhichOneof("kind") == "tensors" else payload_from_proto(message)
+    kind = message.WhichOneof("kind")
+    if kind is None:
+        raise ValueError("payload is empty: set text, image or tensors")
+    return Tensors(dict(message.tensors.inputs)) if kind == "tensors" else payload_from_proto(message)
 
 
 def scores_to_proto(values: Float32, label_space: str, kind: sample_pb2.Scores.Kind = sample_pb2.Scores.LOGIT) -> sample_pb2.Scores:

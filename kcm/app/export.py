@@ -27,7 +27,7 @@ def export(
     run: RunFolder,
     out: Annotated[Path, typer.Option("--out", help="The bundle's folder.")],
     precision: Annotated[
-        list[str] | None, typer.Option("--precision", help="fp32, fp16, int8 or all; give it several times. fp32 is always in.")
+        list[str] | None, typer.Option("--precision", help="fp32, fp16, int8 or all; several with commas. fp32 is always in.")
     ] = None,
     engine: Annotated[
         str | None,
@@ -56,7 +56,7 @@ def export(
     from kcm.app.engines import build_engines, check_engine
     from kcm.app.engines import table as engine_table
 
-    chosen = parse_precisions(precision or ["fp32"])
+    chosen = parse_precisions([name.strip() for names in precision or ["fp32"] for name in names.split(",")])
     targets = target or []
     if engine is not None:
         check_engine(engine, targets)

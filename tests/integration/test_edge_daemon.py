@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -102,7 +103,7 @@ def test_missing_ids_are_made_and_an_empty_call_is_fine(client: edge_pb2_grpc.Ed
     ("bad", "message"),
     [
         (request("a", "b", ids=("x", "x")), "sample 1 has the sample_id of sample 0: 'x'"),
-        (edge_pb2.InferRequest(samples=[edge_pb2.InferSample()]), "sample 0: payload is empty: set text or image"),
+        (edge_pb2.InferRequest(samples=[edge_pb2.InferSample()]), "sample 0: payload is empty: set text, image or tensors"),
         (
             edge_pb2.InferRequest(samples=[request("a").samples[0], edge_pb2.InferSample(payload={"image": b"\xff\xd8"})]),
             "sample 1: this task reads text, the payload is an image",
@@ -181,6 +182,33 @@ def test_it_serves_on_a_unix_socket(tiny_bundle: Path, tmp_path: Path) -> None:
         made, channel = stub(edge.address)
         with channel:
             assert made.Infer(request(EASY[0]), timeout=10).answers[0].source == LOCAL
+
+
+def test_sigterm_tells_callers_to_send_again(tiny_bundle: Path, tmp_path: Path) -> None:
+    ended: list[tuple[grpc.StatusCode, str]] = []
+
+    def call_until_refused(address: str) -> None:
+        client, channel = stub(address)
+        with channel:
+            while True:
+                try:
+                    client.Infer(request(EASY[0]), timeout=5)
+                except grpc.RpcError as error:
+                    ended.append((error.code(), error.details()))
+                    return
+
+    with running_edge(tiny_bundle, tmp_path) as process:
+        threads = [threading.Thread(target=call_until_refused, args=(process.address,)) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.3)
+        process.popen.send_signal(signal.SIGTERM)
+        assert process.popen.wait(10) == 0
+        for thread in threads:
+            thread.join(10)
+    # One that comes between two connections may find nobody; none may be cancelled without a word.
+    assert len(ended) == 6 and {code for code, _ in ended} == {grpc.StatusCode.UNAVAILABLE}
+    assert any("shutting down: send what was not answered again" in details for _, details in ended)
 
 
 def test_sigterm_answers_what_is_in_flight_and_ends_streams(tiny_bundle: Path, cloud: Cloud, tmp_path: Path) -> None:

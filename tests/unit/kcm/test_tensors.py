@@ -60,6 +60,8 @@ def weights(*values: float) -> Any:
         ({"ids": np.array([1]), "weights": weights(1)}, r"tensor 'ids' is int64 \[1\], the graph reads one row of int32"),
         ({"ids": ids(1)[None], "weights": weights(1)}, r"is int32 \[1, 1\], the graph reads one row"),
         ({"ids": [1], "weights": weights(1)}, "is list, the graph reads one row"),
+        ({"ids": ids(1), "weights": weights(float("nan"))}, "tensor 'weights' has a value that is no finite number"),
+        ({"ids": ids(1), "weights": weights(float("inf"))}, "tensor 'weights' has a value that is no finite number"),
         ({"ids": b"12345", "weights": weights(1)}, "has 5 bytes, no whole number of int32"),
     ],
 )
