@@ -31,7 +31,6 @@ def test_one_repeat_fills_every_figure(kcm: Kcm, bundle_dir: Path, tmp_path: Pat
     assert all(said[name] == said["spread"][name]["median"] for name in ("rss_mb", "cold_start_s", "preprocess_us"))
     assert all(said[name] == said["figures"][name.replace("_us", "")]["median"] for name in ("preprocess_us", "preprocess_cold_us"))
     assert 20 < said["rss_mb"] < 2000, "MB, of a process that has imported ONNX Runtime"
-    assert said["cold_start_cpu_s"] < said["cold_start_s"]
     assert set(said["bars"]) == {*RATIOS, "rss_mb", "cold_start_s", "judge_nodes"}
     assert said["bundle"]["source"] == str(bundle_dir) and said["bundle"]["task_id"] == "tiny" and said["repeats"] == 1
     assert said["judge_nodes"]["kan"] <= 10, "the reference judge grew"
