@@ -80,3 +80,10 @@ def kcm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return code, out, err
 
     return run
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Real processes take their time: each of these tests a second or so, all of them a minute and a half of a quick run's three."""
+    for item in items:
+        if {"integration", "ux"} & set(item.path.parts):
+            item.add_marker(pytest.mark.slow)

@@ -23,6 +23,8 @@ from kcm.errors import KcmError
 from kcm.sample import Float32, HintArm
 from protos.kcm.v1 import cloud_pb2, cloud_pb2_grpc, sample_pb2
 
+pytestmark = pytest.mark.slow
+
 
 def test_samples_are_answered_in_order_and_stored(tmp_path: Path) -> None:
     async def act(stub: Any, model: cloud_kit.RuleModel) -> None:
