@@ -85,8 +85,8 @@ class Decider:
         began = time.perf_counter()
         decided = _decide(batch)
         self._took(time.perf_counter() - began, samples)
-        _tell(batch, decided)
         self._call()  # what is left, after whatever else the loop has to do
+        _tell(batch, decided)
 
     async def _in_thread(self, batch: list[_Asked]) -> None:
         """The event loop would feel it."""

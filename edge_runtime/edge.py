@@ -48,6 +48,7 @@ class Edge:
         self._asleep = True  # nobody has told the loop that there is something
         self._stop: asyncio.Event | None = None
         self._failure: BaseException | None = None
+        self._gate = threading.Lock()  # between telling the loop something and its end
         started: Future[None] = Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run(started)), name="kcm-edge", daemon=True)
         self._thread.start()
@@ -73,12 +74,14 @@ class Edge:
         for decision, future in zip(begun.decisions, futures, strict=True):
             if decision.local:
                 future.set_result(decision.answer)
-        self._told.append((begun, futures))
-        if begun.away:
-            self._loop.call_soon_threadsafe(self._take)
-        elif self._asleep:
-            self._asleep = False
-            self._loop.call_soon_threadsafe(self._loop.call_later, _SOON_S, self._take)
+        with self._gate:
+            self._check_open()  # it may have been closed since: what is told afterwards nobody would answer
+            self._told.append((begun, futures))
+            if begun.away:
+                self._loop.call_soon_threadsafe(self._take)
+            elif self._asleep:
+                self._asleep = False
+                self._loop.call_soon_threadsafe(self._loop.call_later, _SOON_S, self._take)
         return futures
 
     def infer(self, samples: Sequence[Sample]) -> list[Answer]:
@@ -118,7 +121,8 @@ class Edge:
                 try:
                     await ended(parts.start(), asyncio.create_task(self._stopped()))
                 finally:
-                    self._stop.set()
+                    with self._gate:
+                        self._stop.set()
                     self._take()
                     while self._asking:
                         await asyncio.wait(self._asking)

@@ -97,10 +97,13 @@ class Router:
         def then(decided: list[Decision] | Exception) -> None:
             if answers.cancelled():
                 return
-            if isinstance(decided, Exception):
-                answers.set_exception(decided)
+            try:
+                if isinstance(decided, Exception):
+                    raise decided
+                taken = self.taken(_begun(serving, decided, started), budget_s)
+            except Exception as error:  # whoever waits must hear of it, and the others of the same run of theirs
+                answers.set_exception(error)
                 return
-            taken = self.taken(_begun(serving, decided, started), budget_s)
             if isinstance(taken, list):
                 answers.set_result(taken)
             else:

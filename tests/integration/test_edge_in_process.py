@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 import edge_kit
@@ -16,7 +17,7 @@ from edge_runtime import Edge
 from edge_runtime.config import CloudConfig, EdgeConfig
 from edge_runtime.runtime import InvalidSample
 from kcm.errors import BundleError, StoreError, UnavailableError
-from kcm.sample import Route, Sample, Source
+from kcm.sample import Answer, Route, Sample, Source
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +116,24 @@ def test_estimates_hear_of_what_stayed_without_waking_the_loop_each_time(tiny_bu
             edge.submit([Sample(payload=EASY[0])])
         time.sleep(0.1)
         assert edge._parts.stats.answers[Source.LOCAL] == 50 and edge._parts.router.drift._decided == 50
+
+
+def test_whoever_submits_while_it_closes_is_answered_or_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    for round_ in range(5):
+        edge = Edge(config(tiny_bundle, tmp_path / str(round_)))
+        taken: list[Future[Answer]] = []
+
+        def work(edge: Edge = edge, taken: list[Future[Answer]] = taken) -> None:
+            with contextlib.suppress(UnavailableError):
+                while True:
+                    taken.extend(edge.submit([Sample(payload=HARD[0])]))
+
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.05)
+        edge.close()
+        for thread in threads:
+            thread.join(10)
+        assert not any(thread.is_alive() for thread in threads)
+        assert taken and not wait(taken, timeout=1).not_done

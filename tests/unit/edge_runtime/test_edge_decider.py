@@ -13,7 +13,7 @@ import pytest
 from edge_runtime.config import EdgeConfig
 from edge_runtime.decider import TURN
 from edge_runtime.loader import Loader
-from edge_runtime.router import Router
+from edge_runtime.router import Begun, Router
 from edge_runtime.runtime import Decision, EdgeRuntime, InvalidSample
 from edge_runtime.stats import Stats
 from kcm.sample import Answer, Sample
@@ -102,3 +102,21 @@ def test_giving_up_on_an_answer_leaves_the_others(runtime: EdgeRuntime) -> None:
         return await second
 
     assert labels(asyncio.run(main()))
+
+
+def test_an_estimate_that_fails_is_told_to_whoever_waits_and_holds_up_nobody(runtime: EdgeRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> list[list[Answer] | BaseException]:
+        router = Router(EdgeConfig(bundle="b"), runtime, client=None, spool=None, stats=Stats())
+        real = router.taken
+
+        def taken(begun: Begun, budget_s: float | None = None) -> object:
+            if begun.decisions[0].sample.sample_id == "bad":
+                raise RuntimeError("a bug of ours")
+            return real(begun, budget_s)
+
+        monkeypatch.setattr(router, "taken", taken)
+        asked = [router.ask([Sample(payload="x", sample_id=name)]) for name in ("a", "bad", "b")]
+        return await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 5)
+
+    found = asyncio.run(main())
+    assert labels(found[0]) == labels(found[2]) and str(found[1]) == "a bug of ours"
