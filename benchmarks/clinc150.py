@@ -46,7 +46,7 @@ def draw(rows: Rows, labels: dict[str, int], seed: int) -> tuple[Split, Split, S
         return Split(name, [text for text, _ in chosen], np.array([label for _, label in chosen], np.int64))
 
     stream = split("stream", LARGE, -SELECTION)
-    unlabelled = Split("stream", stream.texts, None)
+    unlabelled = Split("stream", stream.payloads, None)
     return split("train", 0, EDGE), split("large_train", 0, LARGE), unlabelled, split("selection", -SELECTION, None)
 
 
@@ -69,13 +69,13 @@ def main() -> None:
     kind = load_small_kind(task, steps)
     encoder = Encoder(model_path("minilm"), task.large.max_tokens)
     steps("embeddings of all texts, once")
-    texts = list(dict.fromkeys([text for text, _ in data["train"]] + test.texts))
+    texts = list(dict.fromkeys([text for text, _ in data["train"]] + test.payloads))
     known = dict(zip(texts, encoder.embed(texts), strict=True))
 
     results = []
     for seed in range(arguments.seeds):
         train, large_train, stream, selection = draw(data["train"], labels, seed)
-        head = fit_head(np.stack([known[t] for t in large_train.texts]), large_train.y, len(labels))
+        head = fit_head(np.stack([known[t] for t in large_train.payloads]), large_train.y, len(labels))
 
         def teacher(asked: list[str], head=head) -> np.ndarray:  # type: ignore[no-untyped-def, type-arg]
             return head.logits(np.stack([known[t] for t in asked]))
@@ -87,7 +87,7 @@ def main() -> None:
             stream=stream,
             test=test,
             teacher=teacher,
-            large_test=teacher(test.texts),
+            large_test=teacher(test.payloads),
             rounds=arguments.rounds,
             share=0.5,
             selection=selection,

@@ -88,9 +88,9 @@ def population(name: str, documents: int, steps: Steps) -> tuple[NDArray[np.floa
     kind = load_small_kind(task, steps)
     run = train_run(task, kind, load_split(task, "train"), None, seed=0, progress=steps)
     with tempfile.TemporaryDirectory() as scratch:
-        large = LargeInProcess(task, Path(scratch), load_split(task, "large_train"), steps).logits(test.texts)
-    predictions = kind.predict(run.small, kind.featurise(test.texts))
-    stream = kind.predict(run.small, kind.featurise(load_split(task, "stream").texts[:2000]))
+        large = LargeInProcess(task, Path(scratch), load_split(task, "large_train"), steps).logits(test.payloads)
+    predictions = kind.predict(run.small, kind.featurise(test.payloads))
+    stream = kind.predict(run.small, kind.featurise(load_split(task, "stream").payloads[:2000]))
     right = predictions.logits.argmax(1) == test.y
     return run.judge.confidence(predictions), right, large.argmax(1) == test.y, sequence(run.judge.confidence(stream))
 

@@ -3,8 +3,9 @@
     python -m benchmarks.gpu_check --bundle BUNDLE [--engine tensorrt] [--precision fp32] [--repeats 20] [--json]
 
 For every engine that can run here, TensorRT with CUDA graphs and without: what preparing it takes (TensorRT builds its plan),
-loading, the golden check, parity on random batches and lengths up to the bundle's largest, device and host memory, and latency at
-batch 1, 8 and 32, all engines interleaved, CUDA and CPU of ONNX Runtime among them. For every other engine the reason.
+loading, the golden check, parity on random batches and lengths up to the bundle's largest (of images: on random pixels), device and
+host memory, and latency at batch 1, 8 and 32, all engines interleaved, CUDA and CPU of ONNX Runtime among them. For every other engine
+the reason.
 Exit code 0: all that could run agree; 6: one decides otherwise; 10: none can run here, or one that should failed.
 
 Device memory is the whole device's (cudaMemGetInfo): leave it to this process.
@@ -13,14 +14,12 @@ Device memory is the whole device's (cudaMemGetInfo): leave it to this process.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,12 @@ from edge_runtime.engines.chain import BACKENDS, named
 from edge_runtime.engines.onnx import OrtBackend
 from edge_runtime.engines.protocol import Backend, Engine, Outputs
 from edge_runtime.engines.tensorrt import TensorRTBackend
-from edge_runtime.golden import check_golden
+from edge_runtime.golden import check_golden, golden_payloads
 from kcm.bundle import Bundle, Precision, golden_name, load_bundle
 from kcm.errors import BundleError, EngineError, KcmError, VerifyError
-from kcm.preprocess import Inputs, Preprocessor, load_preprocessor
+from kcm.images import ImagePreprocessor
+from kcm.preprocess import Inputs, Preprocessor, as_text, load_preprocessor, longest_of
+from kcm.sample import Payload
 
 CPU = "onnx-cpu"
 BATCHES = (1, 8, 32)
@@ -75,8 +76,8 @@ def check(bundle: Bundle, precision: Precision, backends: Mapping[str, Backend],
     if not left:
         return report
     preprocessor = load_preprocessor(bundle.task.preprocess, bundle.files)
-    texts, largest = golden_texts(bundle), bundle.manifest.graph.max_batch
-    random = random_batches(preprocessor, texts, largest, seed)
+    payloads, largest = list(golden_payloads(bundle.files["golden.npz"])), bundle.manifest.graph.max_batch
+    random = random_batches(preprocessor, payloads, largest, seed)
     loaded: dict[str, Engine] = {}
     expected: list[Outputs] = []
     for name, backend in {CPU: OrtBackend(CPU), **left}.items():
@@ -93,7 +94,7 @@ def check(bundle: Bundle, precision: Precision, backends: Mapping[str, Backend],
         if name != CPU:
             took["parity"] = parity(got, expected, bundle.calibration[precision].epsilon, NEAR[precision])
         report.engines[name], loaded[name] = took, engine
-    batches = {size: preprocessor.batch((texts * size)[:size]) for size in BATCHES if size <= largest}
+    batches = {size: preprocessor.batch((payloads * size)[:size]) for size in BATCHES if size <= largest}
     for name, by_batch in latencies(loaded, batches, repeats).items():
         report.engines[name]["us"] = by_batch
     for engine in loaded.values():
@@ -129,17 +130,13 @@ def prepared(backend: Backend, bundle: Bundle, precision: Precision) -> tuple[En
     return engine, took
 
 
-def golden_texts(bundle: Bundle) -> list[str]:
-    with np.load(io.BytesIO(bundle.files["golden.npz"]), allow_pickle=False) as golden:
-        data, offsets = golden["text"].tobytes(), golden["offsets"].tolist()
-    return [data[begin:end].decode() for begin, end in pairwise(offsets)]
-
-
-def random_batches(preprocessor: Preprocessor, texts: Sequence[str], max_batch: int, seed: int) -> list[Inputs]:
-    """Batches of 1..max_batch texts of 0..longest words of the golden texts; the extremes of both come first."""
+def random_batches(preprocessor: Preprocessor, payloads: Sequence[Payload], max_batch: int, seed: int) -> list[Inputs]:
+    """Batches of 1..max_batch samples: texts of 0..longest words of the golden texts, the extremes of both first; or random pixels."""
     random = np.random.default_rng(seed)
-    words = sorted({word for text in texts for word in text.split()}) or ["a"]
-    longest = preprocessor.longest
+    if isinstance(preprocessor, ImagePreprocessor):
+        return [pixels(preprocessor, rows, random) for rows in (1, max_batch, *random.integers(1, max_batch + 1, RANDOM_BATCHES).tolist())]
+    words = sorted({word for text in payloads for word in as_text(text).split()}) or ["a"]
+    longest = max(longest_of(preprocessor).values())
 
     def text(length: int) -> str:
         return " ".join(random.choice(words, length))
@@ -149,6 +146,13 @@ def random_batches(preprocessor: Preprocessor, texts: Sequence[str], max_batch: 
     # One row as long as the shape says; the others are padded to it.
     lengths = [[most, *random.integers(0, most + 1, rows - 1)] for rows, most in shapes]
     return [preprocessor.batch([text(int(length)) for length in rows]) for rows in lengths]
+
+
+def pixels(preprocessor: ImagePreprocessor, rows: int, random: np.random.Generator) -> Inputs:
+    """Images of one grey each, from black to white, under more or less noise."""
+    shape = (rows, *(preprocessor.inputs["image"].shape or ()))
+    grey, noise = random.uniform(0, 255, (rows, 1, 1, 3)), random.uniform(0, 80, (rows, 1, 1, 1))
+    return {"image": np.clip(grey + noise * random.normal(size=shape), 0, 255).astype(np.uint8)}
 
 
 def copied(outputs: Outputs) -> Outputs:

@@ -109,7 +109,7 @@ def measure(name: str, model: str, setting: Setting, dropout: float, seeds: int,
     large = msgspec.structs.replace(whole.large, kind=kind, model=model, max_tokens=setting.max_tokens, hint_dropout=dropout)
     task = msgspec.structs.replace(whole, labels=tuple(whole.labels[c] for c in frequent), large=large)
     train, large_train, calibration, test = (_only(load_split(whole, s), frequent) for s in ("train", "large_train", "calibration", "test"))
-    pool = Split("pool", calibration.texts + test.texts, np.concatenate([calibration.y, test.y]))
+    pool = Split("pool", [*calibration.payloads, *test.payloads], np.concatenate([calibration.y, test.y]))
     pool = pool.take(np.random.default_rng(0).permutation(len(pool))[: setting.documents])
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -130,7 +130,7 @@ def measure(name: str, model: str, setting: Setting, dropout: float, seeds: int,
 def _only(split: Split, classes: NDArray[np.int64]) -> Split:
     """The rows of these classes, which become 0, 1, …"""
     kept = split.take(np.flatnonzero(np.isin(split.y, classes)))
-    return Split(split.name, kept.texts, np.searchsorted(classes, kept.y))
+    return Split(split.name, kept.payloads, np.searchsorted(classes, kept.y))
 
 
 def _edge(task: Task, train: Split, per_class: int, seed: int, folder: Path) -> Task:
@@ -138,7 +138,7 @@ def _edge(task: Task, train: Split, per_class: int, seed: int, folder: Path) -> 
     order = np.random.default_rng(seed).permutation(len(train))
     chosen = np.concatenate([order[train.y[order] == c][:per_class] for c in range(len(task.labels))])
     folder.mkdir()
-    rows = [{task.data.text_column: train.texts[i], task.data.label_column: task.labels[train.y[i]]} for i in chosen]
+    rows = [{task.data.text_column: train.payloads[i], task.data.label_column: task.labels[train.y[i]]} for i in chosen]
     (folder / "train.jsonl").write_bytes(b"\n".join(msgspec.json.encode(row) for row in rows))
     return msgspec.structs.replace(task, root=str(folder), data=msgspec.structs.replace(task.data, train="train.jsonl"))
 
@@ -146,14 +146,14 @@ def _edge(task: Task, train: Split, per_class: int, seed: int, folder: Path) -> 
 def _outcome(task: Task, pool: Split, seed: int, asked: Asked, steps: Steps) -> Outcome:
     kind = load_small_kind(task, steps)
     run = train_run(task, kind, load_split(task, "train"), None, seed=seed, progress=steps)
-    predictions = kind.predict(run.small, kind.featurise(pool.texts))
+    predictions = kind.predict(run.small, kind.featurise(pool.payloads))
     confidence = run.judge.confidence(predictions)
     rows = np.sort(np.argsort(confidence, kind="stable")[: round(RATE * len(pool))])
     away, seen = pool.take(rows), predictions.take(rows)
     arms: dict[Arm, Bool] = {}
     for arm, hints in hints_by_arm(seen.logits, confidence[rows]).items():
         steps(f"large model: {len(rows)} documents, {arm}")
-        arms[arm] = asked.answers(away.texts, hints) == away.y
+        arms[arm] = asked.answers(away.payloads, hints) == away.y
     return Outcome(rows, confidence[rows], seen.logits.argmax(1) == away.y, arms)
 
 

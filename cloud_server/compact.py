@@ -29,10 +29,13 @@ from kcm.lock import exclusive
 _CHUNK = 1024  # rows per transaction on an inbox that a server may be writing
 _GROUP = 8192  # rows per Parquet row group, where there are as many
 _PART = 64 * _GROUP
+_GROUP_BYTES = 64 * 2**20  # of payloads, beyond which a row group ends: 8192 photos would be gigabytes
+_PART_BYTES = 2**30
 
 # The truth stands in a table of its own: a row has none until its label is looked up.
 _SELECT = f"SELECT {', '.join('NULL' if name == 'label' else name for name in FIELDS)} FROM rows WHERE seq = ?"  # noqa: S608 (our own names)
 _LABEL = FIELDS.index("label")
+_PAYLOADS = tuple(FIELDS.index(name) for name in ("text", "image"))
 _LABEL_KEY = tuple(FIELDS.index(name) for name in ("edge_id", "sample_id", "label_space"))
 _INDEX = """
 CREATE TABLE waiting (
@@ -203,11 +206,12 @@ def _write_parts(index: apsw.Connection, inboxes: Sequence[Path], databases: Seq
         readers = [stack.enter_context(contextlib.closing(_reader(path))) for path in inboxes]
         writer: PartWriter | None = None
         pending = _Pending([], [])
-        for chunk in _pages(index, "write", _GROUP):
+        for rows, group in _groups(index, readers):
             writer = writer or stack.enter_context(PartWriter(parts))
-            writer.write([_read_row(index, readers[inbox], seq, pending.truths) for inbox, seq in chunk])
-            pending.rows.extend(chunk)
-            if writer.rows >= _PART:
+            writer.write(rows)
+            pending.rows.extend(group.rows)
+            pending.truths.extend(group.truths)
+            if writer.rows >= _PART or writer.bytes >= _PART_BYTES:
                 _finish(writer, pending, databases)
                 writer, pending, made = None, _Pending([], []), made + 1
         if writer is not None:
@@ -217,10 +221,24 @@ def _write_parts(index: apsw.Connection, inboxes: Sequence[Path], databases: Seq
 
 
 class _Pending(NamedTuple):
-    """What a part under way holds: (inbox, seq) of its rows, and of the truths in them."""
+    """What a part under way, or a row group of it, holds: (inbox, seq) of its rows, and of the truths in them."""
 
     rows: list[tuple[int, int]]
     truths: list[tuple[int, int]]
+
+
+def _groups(index: apsw.Connection, readers: Sequence[apsw.Connection]) -> Iterator[tuple[list[list[Any]], _Pending]]:
+    """Every chosen row's values, a row group at a time, with what they are."""
+    rows, group, size = list[list[Any]](), _Pending([], []), 0
+    for inbox, seq in (key for page in _pages(index, "write", _GROUP) for key in page):
+        rows.append(_read_row(index, readers[inbox], seq, group.truths))
+        group.rows.append((inbox, seq))
+        size += sum(len(rows[-1][place] or "") for place in _PAYLOADS)
+        if len(rows) >= _GROUP or size >= _GROUP_BYTES:
+            yield rows, group
+            rows, group, size = [], _Pending([], []), 0
+    if rows:
+        yield rows, group
 
 
 def _finish(writer: PartWriter, pending: _Pending, databases: Sequence[Database]) -> None:

@@ -19,9 +19,11 @@ class CloudConfig(msgspec.Struct, frozen=True, kw_only=True):
     task: a task.toml, its folder, or a fetched task's name. large: a folder with large.json. store: the teacher store's folder.
     listen: HOST:PORT (port 0: a free one) or unix:PATH. metrics_listen: HOST:PORT of /metrics, "" for none.
     replica: this process's name within the store; each replica has its own inbox.
-    max_queue: samples that wait at most, over all calls. max_samples: in one call. max_sample_bytes: of one payload; not below the
-    edges' own, or what they take is refused here.
-    threads: of the model. drain_s: how long calls in flight may take after SIGTERM. fill: score hinted rows again without the hint.
+    max_queue: samples that wait at most, over all calls; an image waits as size × size × 3 bytes of pixels. max_samples: in one call.
+    max_sample_bytes: of one text; not below the edges' own, or what they take is refused here. An image's limits are the task's:
+    max_bytes and max_pixels under [preprocess].
+    threads: of the model, and as many again that decode images. drain_s: how long calls in flight may take after SIGTERM.
+    fill: score hinted rows again without the hint.
     """
 
     task: str = ""

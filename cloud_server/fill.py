@@ -1,4 +1,4 @@
-"""Fills teacher_logits of rows that were answered under a hint: the same texts again, without it, when nobody waits."""
+"""Fills teacher_logits of rows that were answered under a hint: the same payloads again, without it, when nobody waits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Sequence
 
-from cloud_server.batcher import Batcher, Closed, ModelFailed, Overloaded, Urgency
+from cloud_server.batcher import Batcher, Closed, ModelFailed, Overloaded, Unreadable, Urgency
 from cloud_server.metrics import CloudMetrics
 from cloud_server.store import TeacherStore, Unfilled
 from kcm.errors import StoreError
@@ -20,7 +20,8 @@ async def fill_when_idle(
 ) -> None:
     """Runs until cancelled. A batch at a time, so that a live call waits for one batch at most.
 
-    A batch that the model fails on is tried row by row; the row that it fails on alone is passed over until the next start.
+    A batch that the model fails on, or can't read, is tried row by row; the row that it fails on alone is passed over until the next
+    start.
     """
     limit, after = batch, 0
     while True:
@@ -30,7 +31,7 @@ async def fill_when_idle(
                 rows = await asyncio.wrap_future(store.unfilled(teacher_id, limit, after))
                 await fill(store, batcher, rows, metrics)
                 limit = batch
-        except ModelFailed:
+        except (ModelFailed, Unreadable):
             if len(rows) == 1:
                 after = rows[0].seq
                 _log.error("a row's teacher logits can't be computed; it is passed over", extra={"seq": after})
@@ -48,10 +49,10 @@ async def fill(store: TeacherStore, batcher: Batcher, rows: Sequence[Unfilled], 
     """Score `rows` without a hint, store the result, and count the answers that the hint had changed.
 
     Raises:
-        StoreError, ModelFailed, Overloaded, Closed: as the store and the batcher do.
+        StoreError, ModelFailed, Unreadable, Overloaded, Closed: as the store and the batcher do.
     """
     if rows:
-        scores = await batcher.submit([row.text for row in rows], [None] * len(rows), deadline=math.inf, urgency=Urgency.FILL)
+        scores = await batcher.submit([row.payload for row in rows], [None] * len(rows), deadline=math.inf, urgency=Urgency.FILL)
         await asyncio.wrap_future(store.fill([(row.seq, scores[place]) for place, row in enumerate(rows)]))
         if metrics is not None:
             changed = sum(int(scores[place].argmax()) != row.answer for place, row in enumerate(rows))

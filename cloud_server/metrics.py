@@ -18,7 +18,8 @@ class CloudMetrics:
             "kcm_cloud_batch_size", "Samples per run of the model.", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256), registry=self.registry
         )
         self.model_seconds = Histogram("kcm_cloud_model_seconds", "Seconds per run of the model.", registry=self.registry)
-        self.queue_depth = Gauge("kcm_cloud_queue_depth", "Samples that wait for the model.", registry=self.registry)
+        self.read_seconds = Histogram("kcm_cloud_read_seconds", "Seconds until a call's images are decoded.", registry=self.registry)
+        self.queue_depth = Gauge("kcm_cloud_queue_depth", "Samples that wait for the model, or are read for it.", registry=self.registry)
         self.store_rows = Counter(
             "kcm_cloud_store_rows", "Answered samples: stored, resent (were there before), failed.", ["result"], registry=self.registry
         )
@@ -37,6 +38,9 @@ class CloudMetrics:
     def on_pairs(self, number: int, changed: int) -> None:
         self.hint_pairs.labels("changed").inc(changed)
         self.hint_pairs.labels("same").inc(number - changed)
+
+    def on_read(self, size: int, seconds: float) -> None:
+        self.read_seconds.observe(seconds)
 
     def on_batch(self, size: int, seconds: float) -> None:
         self.batch_size.observe(size)

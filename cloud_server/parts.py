@@ -52,6 +52,11 @@ class PartWriter:
         self._published = False
         self.rows = 0
 
+    @property
+    def bytes(self) -> int:
+        """Written so far."""
+        return self._file.tell()
+
     def write(self, rows: Sequence[Sequence[Any]]) -> None:
         """One row group of rows in the order of FIELDS; logits are float32 bytes or None."""
         columns = list(zip(*rows, strict=True))
@@ -108,7 +113,9 @@ def read_keys(path: Path) -> Iterator[list[tuple[str, str, str, int | None]]]:
 
 
 def read_columns(path: Path, columns: Sequence[str], rows: int = 8192) -> Iterator[Any]:
-    """Tables of at most `rows` rows of a part, with these columns; one that an older kcm didn't write is null.
+    """Tables of at most `rows` rows of a part's row groups, with these columns; one that an older kcm didn't write is null.
+
+    A row group is bounded in bytes as well (compact.py): so is what is read at once.
 
     Raises:
         StoreError: the part can't be read, or lacks a column that every part has.
@@ -119,9 +126,10 @@ def read_columns(path: Path, columns: Sequence[str], rows: int = 8192) -> Iterat
             there = [name for name in columns if name in part.schema_arrow.names]
             if missing := sorted(set(columns) - set(there) - set(ADDED)):
                 raise StoreError(f"{path} can't be read: it has no column {missing[0]!r}")
-            for batch in part.iter_batches(batch_size=rows, columns=there):
-                filled = [batch[name].cast(schema.field(name).type) if name in there else _nulls(name, len(batch)) for name in columns]
-                yield pa.Table.from_arrays(filled, schema=schema)
+            for group in range(part.num_row_groups):
+                for batch in part.iter_batches(batch_size=rows, row_groups=[group], columns=there):
+                    filled = [batch[name].cast(schema.field(name).type) if name in there else _nulls(name, len(batch)) for name in columns]
+                    yield pa.Table.from_arrays(filled, schema=schema)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise StoreError(f"{path} can't be read: {error}", fix="restore it from a backup, or move it out of the store") from error
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from cloud_server.config import CloudConfig
-from kcm.sample import Float32, Hint, Purpose, payload_from_proto, scores_from_proto
+from kcm.sample import Float32, Hint, Payload, Purpose, payload_from_proto, scores_from_proto
 from kcm.task import Task
 from protos.kcm.v1 import cloud_pb2
 
@@ -17,14 +17,15 @@ IDENTITY_KEYS = ("x509_subject_alternative_name", "x509_common_name")
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
-    """One sample of a call, checked."""
+    """One sample of a call, checked. An image's bytes are not decoded yet."""
 
+    place: int  # in the call
     sample_id: str
     purpose: Purpose
     p_escalate: float
     p_hint: float
     hint: Hint | None
-    payload: str
+    payload: Payload
     small_logits: Float32 | None
     confidence: float
     bundle_id: str
@@ -42,7 +43,7 @@ def check_request(request: cloud_pb2.PredictRequest, task: Task, config: CloudCo
     asked: list[Asked] = []
     for place, message in enumerate(request.samples):
         try:
-            asked.append(_check_sample(message, task, config))
+            asked.append(_check_sample(place, message, task, config))
         except ValueError as error:
             raise ValueError(f"sample {place} ({printable(message.sample_id)}): {error}") from None
         if message.sample_id in seen:
@@ -101,21 +102,23 @@ def _check_number(what: str, number: int, config: CloudConfig) -> None:
         raise ValueError(f"the call has {number} {what}, at most {config.max_samples} are taken")
 
 
-def _check_sample(message: cloud_pb2.PredictSample, task: Task, config: CloudConfig) -> Asked:
+def _check_sample(place: int, message: cloud_pb2.PredictSample, task: Task, config: CloudConfig) -> Asked:
     check_id("sample_id", message.sample_id)
     classes = len(task.labels)
     if message.purpose not in {int(p) for p in Purpose}:
         raise ValueError("purpose is not set, or unknown")
     payload = payload_from_proto(message.payload)
-    if not isinstance(payload, str):
-        raise ValueError(f"task {task.id} reads {task.modality}, the payload is an image")
-    if (size := len(payload.encode())) > config.max_sample_bytes:
-        raise ValueError(f"payload has {size} bytes, at most {config.max_sample_bytes} are taken")
+    given, most = ("text", config.max_sample_bytes) if isinstance(payload, str) else ("image", task.preprocess.max_bytes)
+    if given != task.modality:
+        raise ValueError(f"task {task.id} reads {task.modality}, the payload is {'a text' if given == 'text' else 'an image'}")
+    if (size := len(payload.encode() if isinstance(payload, str) else payload)) > most:
+        raise ValueError(f"payload has {size} bytes, at most {most} are taken")
     for name in ("confidence", "p_escalate", "p_hint"):
         value = getattr(message, name)
         if not (math.isfinite(value) and 0.0 <= value <= 1.0):
             raise ValueError(f"{name} is outside 0..1")
     return Asked(
+        place=place,
         sample_id=message.sample_id,
         purpose=Purpose(message.purpose),
         p_escalate=message.p_escalate,

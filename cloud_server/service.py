@@ -1,4 +1,4 @@
-"""The Cloud service. Predict: check → look up → model → commit → reply. Label: check → commit → reply."""
+"""The Cloud service. Predict: check → look up → read → model → commit → reply. Label: check → commit → reply."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NoReturn, TypeVar
 import grpc
 from prometheus_client import Counter
 
-from cloud_server.batcher import Batcher, Closed, DeadlinePassed, ModelFailed, Overloaded, Urgency
+from cloud_server.batcher import Batcher, Closed, DeadlinePassed, ModelFailed, Overloaded, Unreadable, Urgency
 from cloud_server.config import CloudConfig
 from cloud_server.metrics import CloudMetrics
 from cloud_server.models import LargeModel
@@ -177,13 +177,10 @@ class CloudService(cloud_pb2_grpc.CloudServicer):  # type: ignore[misc]  # gener
         except StoreError:
             _log.warning("the teacher store can't be read: samples are scored anew")
             return {}
-        for place, sample in enumerate(asked):
+        for sample in asked:
             row = found.get(sample.sample_id)
             if row is not None and row.payload_hash != hash_payload(sample.payload):
-                raise _Refused(
-                    grpc.StatusCode.INVALID_ARGUMENT,
-                    f"sample {place} ({printable(sample.sample_id)}): its sample_id was used before for another payload",
-                )
+                raise _refused_sample(sample, "its sample_id was used before for another payload")
         self._metrics.store_rows.labels("resent").inc(len(found))
         return {sample_id: row for sample_id, row in found.items() if self._is_current(row)}
 
@@ -205,6 +202,9 @@ class CloudService(cloud_pb2_grpc.CloudServicer):  # type: ignore[misc]  # gener
         except DeadlinePassed:
             self._metrics.shed.labels("deadline").inc(len(fresh))
             raise _Refused(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed in the queue") from None
+        except Unreadable as error:
+            self._metrics.shed.labels("unreadable").inc()
+            raise _refused_sample(fresh[error.place], error.reason) from None
         except ModelFailed:
             raise _Refused(grpc.StatusCode.INTERNAL, "the model failed; the server's log has it") from None
         except Closed:
@@ -266,6 +266,10 @@ class CloudService(cloud_pb2_grpc.CloudServicer):  # type: ignore[misc]  # gener
             hint_arm=int(arm),  # type: ignore[arg-type]
             stored=stored,
         )
+
+
+def _refused_sample(sample: Asked, reason: str) -> _Refused:
+    return _Refused(grpc.StatusCode.INVALID_ARGUMENT, f"sample {sample.place} ({printable(sample.sample_id)}): {reason}")
 
 
 async def _abort(context: Context | LabelContext, refused: _Refused) -> NoReturn:

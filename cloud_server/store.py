@@ -24,7 +24,7 @@ import numpy as np
 from kcm.database import Database
 from kcm.errors import ConfigError, StoreError
 from kcm.lock import exclusive
-from kcm.sample import Float32, HintArm
+from kcm.sample import Float32, HintArm, Payload
 
 # Scores are float32 here, so that a resend carries the first reply's bytes; Parquet keeps float16.
 SCHEMA = """
@@ -67,7 +67,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     task_id: str
     label_space: str
     bundle_id: str
-    payload: str | bytes
+    payload: Payload
     confidence: float
     small_logits: Float32 | None
     answer_logits: Float32
@@ -91,7 +91,7 @@ class Unfilled(msgspec.Struct, frozen=True, kw_only=True):
     """A row that was answered under a hint and still lacks the teacher's own logits. `answer`: the label id that it was given."""
 
     seq: int
-    text: str
+    payload: Payload
     answer: int
 
 
@@ -116,7 +116,7 @@ def open_inbox(path: Path, *, max_bytes: int | None = None) -> Database:
     return Database(path, SCHEMA, max_bytes=max_bytes)
 
 
-def hash_payload(payload: str | bytes) -> bytes:
+def hash_payload(payload: Payload) -> bytes:
     """16 bytes: tells a resend from another sample under a used id."""
     kind, data = (b"t", payload.encode("utf-8", "surrogatepass")) if isinstance(payload, str) else (b"i", payload)
     return hashlib.blake2b(kind + data, digest_size=16).digest()
@@ -167,11 +167,11 @@ class TeacherStore:
 
         def read(db: apsw.Connection) -> list[Unfilled]:
             found = db.execute(
-                "SELECT seq, text, answer_logits FROM rows WHERE teacher_logits IS NULL AND compacted_ms IS NULL AND text IS NOT NULL"
-                " AND teacher_id = ? AND seq > ? ORDER BY seq LIMIT ?",
+                "SELECT seq, coalesce(text, image), answer_logits FROM rows WHERE teacher_logits IS NULL AND compacted_ms IS NULL"
+                " AND coalesce(text, image) IS NOT NULL AND teacher_id = ? AND seq > ? ORDER BY seq LIMIT ?",
                 (teacher_id, after, limit),
             )
-            return [Unfilled(seq=seq, text=text, answer=int(np.frombuffer(answer, "<f4").argmax())) for seq, text, answer in found]
+            return [Unfilled(seq=seq, payload=payload, answer=_best(answer)) for seq, payload, answer in found]
 
         return self._database.submit(read)
 
@@ -236,6 +236,10 @@ def _insert(db: apsw.Connection, row: Row) -> Stored | None:
         ),
     )
     return None if db.changes() else _find(db, row.edge_id, row.sample_id)
+
+
+def _best(answer: bytes) -> int:
+    return int(np.frombuffer(answer, "<f4").argmax())
 
 
 def _blob(values: Float32) -> bytes:

@@ -53,7 +53,8 @@ class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True):
     explore: Annotated[float, msgspec.Meta(ge=0, le=1)] = (
         0.01  # of what stays here: goes up as well, later, to measure and to learn; 0: none
     )
-    max_sample_bytes: SampleBytes = 2**20  # of one payload; not above the cloud's own
+    # Of one text or one sample's tensors; not above the cloud's own. An image's limits are the task's: max_bytes and max_pixels.
+    max_sample_bytes: SampleBytes = 2**20
     drain_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0  # how long SIGTERM waits for calls in flight
     cloud: CloudConfig = CloudConfig()
     spool: SpoolConfig = SpoolConfig()

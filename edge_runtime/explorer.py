@@ -13,7 +13,8 @@ from kcm.logs import Alarm
 log = logging.getLogger("kcm.edge.explorer")
 
 _SOON_S = 0.05  # gathers what comes meanwhile into one commit
-_MOST = 1024  # samples that wait for a slow disk; more are not explored
+# Samples that wait for a slow disk, and their bytes (images are large); more are not explored.
+_MOST, _MOST_BYTES = 1024, 32 * 2**20
 
 
 class Explorer:
@@ -27,15 +28,18 @@ class Explorer:
         self.share = share
         self._spool, self._stats = spool, stats
         self._rows: list[Waiting] = []
+        self._bytes = 0  # of their samples
         self._task: asyncio.Task[None] | None = None
         self._alarm = Alarm(log)
 
     def keep(self, row: Waiting) -> None:
         """Returns at once."""
-        if len(self._rows) >= _MOST:
+        size = row.sample.ByteSize()
+        if len(self._rows) >= _MOST or self._bytes + size > _MOST_BYTES:
             self._alarm("slow", "the disk is too slow to keep what is explored; some of it is not")
             return
         self._rows.append(row)
+        self._bytes += size
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._write_soon())
 
@@ -52,7 +56,7 @@ class Explorer:
             await self._write()
 
     async def _write(self) -> None:
-        rows, self._rows = self._rows, []
+        rows, self._rows, self._bytes = self._rows, [], 0
         if not rows:
             return
         try:

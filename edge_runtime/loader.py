@@ -81,7 +81,8 @@ class Loader:
                 return self._built(bundle, backend, path)
             except KcmError as error:
                 why = "its decisions differ: " if isinstance(error, BundleError) else ""
-                log.warning("engine %s is skipped, %s serves on: %s%s", backend.name, runtime.provider, why, error.message)
+                said = why + str(error).replace("\n  fix", "; fix")
+                log.warning("engine %s is skipped, %s serves on: %s", backend.name, runtime.provider, said)
         return None
 
     def cancel(self) -> None:

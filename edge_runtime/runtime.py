@@ -22,7 +22,7 @@ from kcm.bundle import Bundle, Manifest, Precision, golden_name, load_bundle
 from kcm.calibration import Calibration
 from kcm.errors import BundleError, EngineError
 from kcm.policy import stays_local
-from kcm.preprocess import Inputs, Preprocessor, batch_of, load_preprocessor
+from kcm.preprocess import Inputs, Preprocessor, batch_of, load_preprocessor, longest_of
 from kcm.sample import Answer, Float32, Hint, Sample, Source, Tensors, new_sample_id
 from kcm.task import Task
 
@@ -93,8 +93,12 @@ class EdgeRuntime:
     ) -> EdgeRuntime:
         """As `load`, from a bundle that was read already."""
         backend = backend or CPU
-        engine = backend.load(bundle.model(precision), bundle.manifest.graph, len(bundle.task.labels))
         preprocessor = load_preprocessor(bundle.task.preprocess, bundle.files)
+        reads, made = bundle.manifest.graph.inputs, longest_of(preprocessor)
+        if reads != made:
+            said = (", ".join(f"{name} (up to {longest})" for name, longest in inputs.items()) for inputs in (reads, made))
+            raise BundleError("{}: its graph reads {}; this kcm makes {}".format(bundle.path, *said), fix="export it again with this kcm")
+        engine = backend.load(bundle.model(precision), bundle.manifest.graph, len(bundle.task.labels))
         if (name := golden_name(precision)) not in bundle.files:
             raise BundleError(f"{bundle.path} has no {name}")
         try:

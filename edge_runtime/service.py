@@ -53,8 +53,14 @@ class EdgeService(edge_pb2_grpc.EdgeServicer):  # type: ignore[misc]
         replies = _Replies(context)
 
         async def read() -> None:
+            place = -1
             async for request in requests:
-                await replies.put(self._router.ask(self._samples(request), context.time_remaining()))
+                place += 1
+                try:
+                    samples = self._samples(request)
+                except InvalidSample as error:
+                    raise _in_stream(place, error) from error
+                await replies.put(self._router.ask(samples, context.time_remaining()))
 
         reader = asyncio.create_task(read())
         self._readers.add(reader)
@@ -129,7 +135,8 @@ class EdgeService(edge_pb2_grpc.EdgeServicer):  # type: ignore[misc]
         return samples
 
     def _sample(self, message: edge_pb2.InferSample) -> Sample:
-        if message.payload.ByteSize() > self._config.max_sample_bytes:
+        # An image's limits are the task's own: what decodes it knows them, and refuses it with the same words everywhere.
+        if message.payload.WhichOneof("kind") != "image" and message.payload.ByteSize() > self._config.max_sample_bytes:
             raise ValueError(f"{message.payload.ByteSize()} bytes, at most {self._config.max_sample_bytes} are taken")
         _check_id(message.sample_id)
         return Sample(
@@ -159,6 +166,7 @@ class _Replies:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._waiting: deque[asyncio.Future[list[Answer]]] = deque()
+        self._sent = 0
         self._window = asyncio.Semaphore(_WINDOW)
         self._writer: asyncio.Task[None] | None = None
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -188,7 +196,10 @@ class _Replies:
                 await self._context.write(_reply(await self._waiting[0]))
                 self._waiting.popleft()
                 self._window.release()
+                self._sent += 1
             self._writer = None
+        except InvalidSample as error:
+            self.failed.set_exception(_in_stream(self._sent, error))
         except Exception as error:  # the stream ends with it, whatever it is
             self.failed.set_exception(error)
 
@@ -198,6 +209,11 @@ def _reply(answers: list[Answer]) -> edge_pb2.InferReply:
     for answer in answers:
         answer.add_to(reply)
     return reply
+
+
+def _in_stream(place: int, error: InvalidSample) -> InvalidSample:
+    """Which of a stream's requests it is of, counted from 0 as its samples are: replies come in their order."""
+    return InvalidSample(f"request {place}: {error}")
 
 
 def _check_id(sample_id: str) -> None:

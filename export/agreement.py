@@ -13,6 +13,7 @@ from export.session import Outputs, Session
 from kcm.bundle import Bundle, Precision
 from kcm.errors import VerifyError
 from kcm.preprocess import load_preprocessor
+from kcm.sample import Payload
 
 LOSS = 0.003  # of all samples: what a precision may lose in right local answers, at equal cloud calls
 UNLIKE = 0.1  # share of other answers above which a precision is broken, whatever labels say
@@ -32,7 +33,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Agreement:
-    """A precision beside fp32 on `samples` texts, `labelled` of them with the truth.
+    """A precision beside fp32 on `samples` payloads, `labelled` of them with the truth.
 
     labels: answers that differ. decisions: samples that one keeps and the other escalates. logits and score: largest differences.
     lost: right local answers that the precision gives less than fp32 where it keeps as many samples, as a share of the labelled ones.
@@ -55,7 +56,7 @@ class Agreement:
         if not np.isfinite([self.logits, self.score]).all():
             return f"{self.precision} gives outputs that are no numbers"
         if self.labels > UNLIKE * self.samples:
-            return f"{self.precision} answers {self.labels} of {self.samples} texts differently"
+            return f"{self.precision} answers {self.labels} of {self.samples} samples differently"
         if self.lost is not None and self.lost * self.labelled > max(LOSS * self.labelled, _WITNESSES):
             return f"{self.precision} loses {100 * self.lost:.2f} points (bar {100 * LOSS:g}) at fp32's share of cloud calls"
         return ""
@@ -64,19 +65,19 @@ class Agreement:
         return asdict(self)
 
 
-def agreements(bundle: Bundle, texts: Sequence[str], labels: NDArray[np.int64] | None) -> list[Agreement]:
+def agreements(bundle: Bundle, payloads: Sequence[Payload], labels: NDArray[np.int64] | None) -> list[Agreement]:
     """Each precision of the bundle but fp32, beside it, in ONNX Runtime.
 
     Args:
-        labels: [N] ids, −1 where the truth of a text isn't known; None: of none.
+        labels: [N] ids, −1 where the truth of a sample isn't known; None: of none.
     """
     others: list[Precision] = [precision for precision in bundle.manifest.precisions if precision != "fp32"]
     if not others:
         return []
     preprocessor = load_preprocessor(bundle.task.preprocess, bundle.files)
-    truth = np.full(len(texts), -1) if labels is None else labels
-    plain = Session(bundle.model("fp32")).answer(preprocessor, texts)
-    return [_beside(bundle, p, plain, Session(bundle.model(p)).answer(preprocessor, texts), truth) for p in others]
+    truth = np.full(len(payloads), -1) if labels is None else labels
+    plain = Session(bundle.model("fp32")).answer(preprocessor, payloads)
+    return [_beside(bundle, p, plain, Session(bundle.model(p)).answer(preprocessor, payloads), truth) for p in others]
 
 
 def hold(found: Sequence[Agreement], bundle: Bundle) -> None:
@@ -97,7 +98,7 @@ def table(found: Sequence[Agreement]) -> str:
         lines.append(line)
     lines.append("answers, decisions: share that differs from fp32; lost: points of right local answers at fp32's share of calls")
     if not found[0].labelled:
-        lines.append("no labels: how well they answer can't be told, only how alike; --texts FILE with labels, or test under [data]")
+        lines.append("no labels: how well they answer can't be told, only how alike; --samples FILE with labels, or test under [data]")
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -19,30 +20,34 @@ from export.recalibrate import Basis, basis, recalibrated
 from export.session import Session
 from kcm.bundle import GraphSpec, Manifest, Precision, golden_name, write_manifest
 from kcm.calibration import Calibration, Threshold
+from kcm.images import ImagePreprocessor, png
+from kcm.preprocess import as_text, check_sums, longest_of
+from kcm.sample import Payload
 from training.run import Run, made
 
 CANDIDATES = 5  # of the hint
 GOLDEN = 64
 _ORDER: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 _GOLDEN_CHARACTERS = 2000  # of each golden text
+_GOLDEN_PIXELS, _GOLDEN_ALONE = 2**20, 8  # of all golden images together; and how many there are at least
 
 
 def export_bundle(
     run: Run,
     out: Path,
     *,
-    golden_texts: list[str],
+    golden_payloads: Sequence[Payload],
     precisions: Sequence[Precision] = ("fp32",),
-    fresh_texts: Sequence[str] = (),
+    fresh_payloads: Sequence[Payload] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
     """Write the bundle of `run` to `out`; its manifest comes last.
 
     Args:
         out: is emptied first; `kcm export` builds beside the target and renames.
-        golden_texts: up to GOLDEN are shipped with their expected outputs; the edge refuses a bundle that answers otherwise.
+        golden_payloads: up to GOLDEN are shipped with their expected outputs; the edge refuses a bundle that answers otherwise.
         precisions: fp32 is always among them: the others are verified against it.
-        fresh_texts: what the others' ε is chosen on (export.recalibrate).
+        fresh_payloads: what the others' ε is chosen on (export.recalibrate).
 
     Raises:
         ConfigError: the folder can't be made, or the user's own graph can't be converted.
@@ -68,18 +73,18 @@ def export_bundle(
             plain, threshold = session, run.threshold
         else:
             progress(f"ε of {precision}")
-            on = on or basis(run, plain, preprocessor, fresh_texts)
+            on = on or basis(run, plain, preprocessor, fresh_payloads)
             threshold = recalibrated(run, on, session, Session(graphs.judge(precision)))
         calibration[precision] = calibrated(threshold, calibration_id(run, model, precision))
         sizes[precision] = len(model)
-        np.savez(out / golden_name(precision), **golden(session, preprocessor, golden_texts))
+        np.savez(out / golden_name(precision), **golden(session, preprocessor, golden_payloads))
     (out / "calibration.json").write_bytes(msgspec.json.encode(calibration))
     (out / "metrics.json").write_text(json.dumps(run.metrics, indent=1))
     (out / "MODEL_CARD.md").write_text(model_card(run, sizes, calibration), encoding="utf-8")
     return write_manifest(
         out,
         task=run.task,
-        graph=GraphSpec(inputs=tuple(preprocessor.names), candidates=candidates, max_length=preprocessor.longest),
+        graph=GraphSpec(inputs=longest_of(preprocessor), candidates=candidates),
         version=version("kcm"),
         round_=run.info.round,
         parent=run.info.parent,
@@ -92,17 +97,26 @@ def fuse(run: Run, candidates: int, precision: Precision = "fp32") -> bytes:
     return Graphs(run, candidates).fuse(precision)
 
 
-def golden(session: Session, preprocessor: Any, texts: list[str]) -> dict[str, Any]:
-    """The arrays of golden.npz: texts as UTF-8 with offsets, and what preprocessing and graph made of them here."""
-    texts = [text[:_GOLDEN_CHARACTERS] for text in texts[:GOLDEN]]
-    encoded = [text.encode() for text in texts]
+def golden(session: Session, preprocessor: Any, payloads: Sequence[Payload]) -> dict[str, Any]:
+    """The arrays of golden.npz: inputs as bytes with offsets, and what preprocessing and graph made of them here.
+
+    Texts are UTF-8. Images are the pixels that the graph reads, as PNG: they mean the same to every decoder, and are small.
+    """
+    images = isinstance(preprocessor, ImagePreprocessor)
+    shown: list[Payload]
+    if images:
+        most = max(_GOLDEN_ALONE, _GOLDEN_PIXELS // math.prod(preprocessor.inputs["image"].shape[:2]))
+        shown = [png(image) for image in preprocessor.batch(payloads[: min(GOLDEN, most)])["image"]]
+    else:
+        shown = [as_text(payload)[:_GOLDEN_CHARACTERS] for payload in payloads[:GOLDEN]]
+    encoded = [payload.encode() if isinstance(payload, str) else payload for payload in shown]
     # One by one: padding to a batch must not be what the expectation rests on.
-    inputs = [preprocessor.batch([text]) for text in texts]
+    inputs = [preprocessor.batch([payload]) for payload in shown]
     outputs = [session.run(i) for i in inputs]
     return {
-        "text": np.frombuffer(b"".join(encoded), np.uint8),
+        "image" if images else "text": np.frombuffer(b"".join(encoded), np.uint8),
         "offsets": np.cumsum([0, *map(len, encoded)]).astype(np.int64),
-        "input_sums": np.array([int(i[preprocessor.names[0]].sum(dtype=np.int64)) for i in inputs], np.int64),
+        "input_sums": np.concatenate([check_sums(i) for i in inputs]),
         "logits": np.concatenate([o["logits"] for o in outputs]),
         "confidence": np.concatenate([o["confidence"] for o in outputs]),
         "score": np.concatenate([o["score"] for o in outputs]),
@@ -132,7 +146,7 @@ def model_card(run: Run, sizes: Mapping[Precision, int], calibration: Mapping[st
     return (
         f"# {task.id}, round {run.info.round}\n\n"
         f"- {len(task.labels)} labels; small model `{small}`, judge `{judge}`; fp32 graph of {size:.1f} MB\n"
-        f"- fitted on {labelled} labelled texts and {len(run.labelled) - labelled} that the large model answered"
+        f"- fitted on {labelled} labelled samples and {len(run.labelled) - labelled} that the large model answered"
         f" (`{run.info.teacher_id or 'none'}`), seed {run.info.seed}\n"
         f"- ε = {threshold.epsilon:.4f} by {threshold.method}{rate}\n"
         f"{''.join(_lowered(precision, sizes[precision], calibration[precision]) for precision in sizes if precision != 'fp32')}"
@@ -140,7 +154,7 @@ def model_card(run: Run, sizes: Mapping[Precision, int], calibration: Mapping[st
         f"- hint: {threshold.hint.arm} ({threshold.hint.reason})\n"
         f"- promise: {_promised(threshold)}\n"
         f"- made by kcm {run.info.kcm_version}; parent bundle `{run.info.parent or 'none'}`\n"
-        f"- golden.npz carries up to {GOLDEN} texts of the training data in the clear\n"
+        f"- golden.npz carries up to {GOLDEN} samples of the training data in the clear\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""Any small model's graph with the judge behind it: the user's own (training/fixed.py), or an encoder's trace (export/encoder.py)."""
+"""Any small model's graph with the judge behind it: the user's own (training/fixed.py), or a trace (export/encoder.py, vision.py)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from training.select import Router
 from training.tokens import unknown_id
 
 Counts = Callable[[Nodes], tuple[str, str]]  # adds nodes that give length [B, 1] and unknown [B, 1]
+Feed = Callable[[Nodes, onnx.ValueInfoProto], str]  # adds nodes that give one of a graph's own inputs: that name, or one of our inputs
 
 _PREFIX = "small/"  # of every name that came with the graph: none can clash with ours
 _IR = 8  # the oldest that knows opset 18
 TOKEN_INPUTS = {"input_ids": TensorProto.INT64, "attention_mask": TensorProto.INT64}
-_NGRAM_INPUTS = {"ids": TensorProto.INT32, "weights": TensorProto.FLOAT}
+_NGRAM_INPUTS = {"ids": TensorProto.INT32, "weights": TensorProto.FLOAT, "words": TensorProto.INT32, "word_weights": TensorProto.FLOAT}
+_JOINED = {"ids": ("words", "ids"), "weights": ("word_weights", "weights")}  # training.ngrams.joined
 
 
 def fuse_fixed(small: FixedGraph, router: Router, candidates: int) -> bytes:
@@ -42,23 +44,39 @@ def fixed_graph(small: FixedGraph) -> onnx.ModelProto:
 
 
 def fixed_counts(small: FixedGraph) -> Counts:
-    return token_counts(unknown_id(small.tokenizer_json)) if small.tokenizer_json else word_counts(small.buckets)
+    return token_counts(unknown_id(small.tokenizer_json)) if small.tokenizer_json else word_counts
 
 
 def adapted(model: onnx.ModelProto, logits: str, inputs: dict[str, int], classes: int) -> onnx.ModelProto:
-    """A graph that reads `inputs` (name → element type), all [B, L], and gives `logits` [B, C] as fp32, its own names prefixed.
+    """A graph that reads `inputs` (name → element type), [B, L] (words: [B, W]), and gives `logits` [B, C] as fp32, its own names prefixed.
 
-    The graph's own inputs may be fewer, of another type, or among training.fixed.ZERO_INPUTS.
+    The graph's own inputs may be fewer, of another type, or among training.fixed.ZERO_INPUTS. One on hashed ids gets words and the
+    rest as one row.
+    """
+
+    def feed(nodes: Nodes, value: onnx.ValueInfoProto) -> str:
+        _feed(nodes, value.name.removeprefix(_PREFIX), value.name, value.type.tensor_type.elem_type, inputs)
+        return str(value.name)
+
+    ours = [helper.make_tensor_value_info(name, kind, ["B", "W" if "word" in name else "L"]) for name, kind in inputs.items()]
+    return wrapped(model, logits, ours, feed, classes)
+
+
+def wrapped(model: onnx.ModelProto, logits: str, inputs: list[onnx.ValueInfoProto], feed: Feed, classes: int) -> onnx.ModelProto:
+    """A graph that reads `inputs`, from which `feed` makes its own, and gives `logits` [B, C] as fp32; its own names are prefixed.
+
+    Raises:
+        ConfigError: it has an opset below 18 and can't be converted.
     """
     model = compose.add_prefix(_at_least_opset(model), _PREFIX)
     graph = model.graph
     constants = {tensor.name for tensor in graph.initializer}
-    given = {value.name: value.type.tensor_type.elem_type for value in graph.input if value.name not in constants}
     element = next(v.type.tensor_type.elem_type for v in graph.output if v.name == _PREFIX + logits)
 
     before, after = Nodes("in/"), Nodes("out/")
-    for name, kind in given.items():
-        _feed(before, name.removeprefix(_PREFIX), name, kind, inputs)
+    for value in [value for value in graph.input if value.name not in constants]:
+        if (fed := feed(before, value)) != value.name:
+            _rename(graph, value.name, fed)
     if element == TensorProto.FLOAT:
         after("Identity", _PREFIX + logits, out="logits")
     else:
@@ -67,7 +85,7 @@ def adapted(model: onnx.ModelProto, logits: str, inputs: dict[str, int], classes
         graph,
         node=[*before.nodes, *graph.node, *after.nodes],
         initializer=[*graph.initializer, *before.initializers],
-        input=[helper.make_tensor_value_info(name, kind, ["B", "L"]) for name, kind in inputs.items()],
+        input=inputs,
         output=[helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["B", classes])],
         value_info=[],  # shapes under the names of another graph; the runtime infers its own
     )
@@ -76,12 +94,15 @@ def adapted(model: onnx.ModelProto, logits: str, inputs: dict[str, int], classes
 
 
 def append_to(
-    model: onnx.ModelProto, counts: Counts, router: Router, classes: int, candidates: int, precision: JudgePrecision = "fp32"
+    model: onnx.ModelProto, counts: Counts | None, router: Router, classes: int, candidates: int, precision: JudgePrecision = "fp32"
 ) -> bytes:
-    """The bundle's five outputs behind an adapted graph's `logits`; serialised. `model` is changed."""
+    """The bundle's five outputs behind an adapted graph's `logits`; serialised. `model` is changed.
+
+    Without counts (images) the judge reads a length and an unknown share of 0.
+    """
     graph = model.graph
     nodes = Nodes()
-    length, unknown = counts(nodes)
+    length, unknown = counts(nodes) if counts is not None else (None, None)
     append_judge(nodes, router, "logits", length, unknown, candidates, precision)
     _replace(
         graph,
@@ -93,6 +114,14 @@ def append_to(
     model.producer_name = graph.name = "kcm"
     onnx.checker.check_model(model)
     return bytes(model.SerializeToString())
+
+
+def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
+    """What reads `old` reads `new`, in subgraphs too."""
+    for node in graph.node:
+        node.input[:] = [new if name == old else name for name in node.input]
+        for inner in (inner for attribute in node.attribute for inner in (attribute.g, *attribute.graphs)):
+            _rename(inner, old, new)
 
 
 def _replace(graph: onnx.GraphProto, **fields: list[Any]) -> None:
@@ -115,15 +144,11 @@ def token_counts(unknown: int | None) -> Counts:
     return append
 
 
-def word_counts(buckets: int) -> Counts:
+def word_counts(nodes: Nodes) -> tuple[str, str]:
     """Mirrors training.fixed.Fixed: distinct words, none of them unknown."""
-
-    def append(nodes: Nodes) -> tuple[str, str]:
-        word = nodes("And", nodes("Less", "ids", np.array(buckets, np.int32)), nodes("Greater", "weights", 0.0))
-        length = nodes("ReduceSum", nodes("Cast", word, to=TensorProto.FLOAT), np.array([1]), keepdims=1)
-        return length, nodes("Mul", length, 0.0)
-
-    return append
+    word = nodes("Cast", nodes("Greater", "word_weights", 0.0), to=TensorProto.FLOAT)
+    length = nodes("ReduceSum", word, np.array([1]), keepdims=1)
+    return length, nodes("Mul", length, 0.0)
 
 
 def _feed(nodes: Nodes, name: str, inner: str, kind: int, inputs: dict[str, int]) -> None:
@@ -132,10 +157,12 @@ def _feed(nodes: Nodes, name: str, inner: str, kind: int, inputs: dict[str, int]
         first, element = next(iter(inputs.items()))
         zeros = nodes("Mul", first, np.zeros((), helper.tensor_dtype_to_np_dtype(element)))
         nodes("Cast", zeros, out=inner, to=kind)
-    elif kind == inputs[name]:
-        nodes("Identity", name, out=inner)
+        return
+    ours = nodes("Concat", *_JOINED[name], axis=1) if "words" in inputs else name
+    if kind == inputs[name]:
+        nodes("Identity", ours, out=inner)
     else:
-        nodes("Cast", name, out=inner, to=kind)
+        nodes("Cast", ours, out=inner, to=kind)
 
 
 def _at_least_opset(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -23,36 +23,40 @@ IR_VERSION = 10
 
 
 def fuse_ngrams(small: NgramModel, router: Router, candidates: int, precision: Precision = "fp32") -> onnx.ModelProto:
-    """ids int32 [B, L], weights float32 [B, L] → logits, top_ids, top_probs, confidence, score.
+    """ids int32, weights float32 [B, L]; words int32, word_weights float32 [B, W] → logits, top_ids, top_probs, confidence, score.
 
-    Mirrors NgramModel.forward. The precision is of the tables, which are nearly all there is: a text looks up a few rows, and their
-    norms and sums stay fp32, which costs nothing beside the look-up. int8 is of weights alone, a scale for each row: there is no
-    product worth quantising. The judge is fp16 where the tables are, else fp32.
+    Mirrors NgramModel.forward, but looks up vectors of words alone: nothing else has any, or is counted. The precision is of the
+    tables, which are nearly all there is: a text looks up a few rows, and their norms and sums stay fp32, which costs nothing beside
+    the look-up. int8 is of weights alone, a scale for each row: there is no product worth quantising. The judge is fp16 where the
+    tables are, else fp32.
     """
     nodes = Nodes()
-    rows = nodes("Gather", small.row.numpy(), "ids")
-    scaled = nodes("Mul", _rows(nodes, small.idf.numpy(), rows, precision), nodes("Unsqueeze", "weights", np.array([2])))  # [B, L, 3]
+    rows = nodes("Gather", small.row.numpy(), nodes("Concat", "words", "ids", axis=1))
+    weights = nodes("Concat", "word_weights", "weights", axis=1)
+    scaled = nodes("Mul", _rows(nodes, small.idf.numpy(), rows, precision), nodes("Unsqueeze", weights, np.array([2])))  # [B, W + L, 3]
     share = nodes("Div", small.share.numpy(), _norm(nodes, scaled))
-    coefficient = nodes("ReduceSum", nodes("Mul", scaled, share), np.array([2]), keepdims=0)  # [B, L]
+    coefficient = nodes("ReduceSum", nodes("Mul", scaled, share), np.array([2]), keepdims=0)  # [B, W + L]
     logits = _weighted_rows(nodes, coefficient, small.table.numpy(), rows, precision)
 
-    words, flags = _word_rows(small)
-    word = nodes("Gather", words, nodes("Min", "ids", np.array(small.buckets, np.int32)))
+    word = nodes("Gather", _word_rows(small), "words")
     if len(small.vectors) > 1:
-        vectors = np.concatenate([small.vectors.numpy(), np.zeros((2, small.vectors.shape[1]), np.float32)])
-        mean = _unit(nodes, _weighted_rows(nodes, "weights", vectors, word, precision))
+        vectors = np.concatenate([small.vectors.numpy(), np.zeros((1, small.vectors.shape[1]), np.float32)])
+        mean = _unit(nodes, _weighted_rows(nodes, "word_weights", vectors, word, precision))
         dense = _product(nodes, _unit(nodes, nodes("Sub", mean, small.centre.numpy())), small.dense.numpy(), precision)
         logits = nodes("Add", logits, dense)
     logits = nodes("Identity", logits, out="logits")
-    counted = nodes("Sign", nodes("Unsqueeze", "weights", np.array([1])))  # 0 where the row is padded
-    counts = nodes("Squeeze", nodes("MatMul", counted, nodes("Gather", flags, word)), np.array([1]))  # [B, 2]
-    length, missing = nodes("Split", counts, axis=1, num_outputs=2, outputs=2)
+    counted = nodes("Sign", "word_weights")  # 0 where the row is padded
+    length = nodes("ReduceSum", counted, np.array([1]), keepdims=1)
+    unseen = nodes("Gather", (np.arange(len(small.vectors) + 1) == 0).astype(np.float32), word)
+    missing = nodes("ReduceSum", nodes("Mul", counted, unseen), np.array([1]), keepdims=1)
     unknown = nodes("Div", missing, nodes("Max", length, 1.0))
 
     append_judge(nodes, router, logits, length, unknown, candidates, judge_precision(precision))
     inputs = [
         helper.make_tensor_value_info("ids", TensorProto.INT32, ["B", "L"]),
         helper.make_tensor_value_info("weights", TensorProto.FLOAT, ["B", "L"]),
+        helper.make_tensor_value_info("words", TensorProto.INT32, ["B", "W"]),
+        helper.make_tensor_value_info("word_weights", TensorProto.FLOAT, ["B", "W"]),
     ]
     return assemble(nodes, inputs, small.table.shape[1], candidates)
 
@@ -116,20 +120,10 @@ def _product(nodes: Nodes, x: str, weight: NDArray[np.float32], precision: Preci
     return str(nodes("Cast", narrow, to=TensorProto.FLOAT))
 
 
-def _word_rows(small: NgramModel) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """What is known of each bucket, so that no mask is computed: rows int32 [buckets + 1], the last for what is no word, and flags [R, 2].
-
-    A row is 0 for an unknown word, 1..V for that word vector, V + 1 for a word that only the n-gram table knows, V + 2 for no word.
-    Its flags: it is a word; it is an unknown word.
-    """
-    known, none = len(small.vectors), len(small.vectors) + 1
-    vector = small.vector_row.numpy()
-    listed = small.row.numpy()[: small.buckets] > 0
-    rows = np.append(np.where((vector == 0) & listed, known, vector), none).astype(np.int32)
-    flags = np.zeros((none + 1, 2), np.float32)
-    flags[:none, 0] = 1
-    flags[0, 1] = 1
-    return rows, flags
+def _word_rows(small: NgramModel) -> NDArray[np.int32]:
+    """What is known of each word [buckets]: 0 nothing, 1..V that word vector, V + 1 a word that only the n-gram table knows."""
+    vector, listed = small.vector_row.numpy(), small.row.numpy()[: small.buckets] > 0
+    return np.where((vector == 0) & listed, len(small.vectors), vector).astype(np.int32)
 
 
 def _norm(nodes: Nodes, x: str) -> str:

@@ -16,9 +16,11 @@ from training.select import Router
 
 
 def append_judge(
-    nodes: Nodes, router: Router, logits: str, length: str, unknown: str, candidates: int, precision: Precision = "fp32"
+    nodes: Nodes, router: Router, logits: str, length: str | None, unknown: str | None, candidates: int, precision: Precision = "fp32"
 ) -> None:
     """From logits [B, C], length [B, 1] and unknown [B, 1], names of values, to the outputs top_ids, top_probs, confidence and score.
+
+    Without length and unknown (images) both are 0.
 
     Mirrors training.judge.features, Judge.forward and Router.score; `kcm verify` holds them to each other.
 
@@ -52,22 +54,23 @@ def append_judge(
         _outcome(nodes, router.outcome, x, _first(nodes, top_scaled, ranks, 1), ids, precision)
 
 
-def _features(nodes: Nodes, logits: str, log_p: str, ranked: str, ranks: int, length: str, unknown: str) -> str:
+def _features(nodes: Nodes, logits: str, log_p: str, ranked: str, ranks: int, length: str | None, unknown: str | None) -> str:
     """training.judge.features [B, ranks + 5] from log-probabilities [B, C] and the highest max(2, ranks) of them.
 
     What is linear in its parts is one product with a matrix of 0, 1 and −1: a node costs more than its arithmetic.
     """
     floored = nodes("Clip", log_p, LOWEST)
     negative_entropy = nodes("ReduceSum", nodes("Mul", nodes("Exp", log_p), floored), np.array([1]), keepdims=1)
-    log_length = nodes("Log", nodes("Add", length, 1.0))
     largest = nodes("ReduceMax", logits, np.array([1]), keepdims=1)
-    parts = nodes("Concat", nodes("Clip", ranked, LOWEST), negative_entropy, log_length, unknown, largest, axis=1)
+    sums = [] if length is None or unknown is None else [nodes("Log", nodes("Add", length, 1.0)), unknown]
+    parts = nodes("Concat", nodes("Clip", ranked, LOWEST), negative_entropy, largest, *sums, axis=1)
     width = max(2, ranks)
-    to_features = np.zeros((width + 4, ranks + 5), np.float32)
+    to_features = np.zeros((width + 2 + len(sums), ranks + 5), np.float32)
     to_features[range(ranks), range(ranks)] = 1
     to_features[width, ranks] = -1  # entropy
     to_features[[0, 1], ranks + 1] = 1, -1  # margin
-    to_features[range(width + 1, width + 4), range(ranks + 2, ranks + 5)] = 1
+    to_features[width + 1, ranks + 4] = 1  # the largest logit
+    to_features[range(width + 2, width + 2 + len(sums)), range(ranks + 2, ranks + 2 + len(sums))] = 1  # without sums: 0
     x: str = nodes("MatMul", parts, to_features)
     return x
 

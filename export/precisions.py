@@ -15,19 +15,20 @@ from kcm.preprocess import Preprocessor, load_preprocessor
 from training.encoder import EncoderHead
 from training.ngrams import NgramModel
 from training.run import Run
+from training.vision.kind import VisionModel
 
 if TYPE_CHECKING:
     import onnx
 
     from export.fixed import Counts
 
-CALIBRATION = 256  # texts that give int8 its ranges
+CALIBRATION = 256  # samples that give int8 its ranges
 
 
 class Graphs:
-    """The fused graph of one run by precision; an encoder is traced once for all of them.
+    """The fused graph of one run by precision; an encoder or an image net is traced once for all of them.
 
-    int8 takes its ranges from CALIBRATION texts of the run, evenly spread over those that it was fitted on: the labelled ones and those
+    int8 takes its ranges from CALIBRATION samples of the run, evenly spread over those that it was fitted on: the labelled ones and those
     of the stream that the large model answered. No labels are read, and none of the samples that ε or the test stand on.
     """
 
@@ -60,9 +61,13 @@ class Graphs:
         return bytes(fuse_judge(self._run.router, self._candidates, self._classes, precision).SerializeToString())
 
     @cached_property
-    def _bare(self) -> tuple[onnx.ModelProto, Counts]:
-        """The small model from our inputs to its logits, and what adds length and unknown share."""
-        small = self._run.small
+    def _bare(self) -> tuple[onnx.ModelProto, Counts | None]:
+        """The small model from our inputs to its logits, and what adds length and unknown share, which images have not."""
+        small, spec = self._run.small, self._run.task.preprocess
+        if spec.kind == "image":
+            from export.vision import fixed_image_graph, vision_graph
+
+            return vision_graph(small) if isinstance(small, VisionModel) else fixed_image_graph(small, spec), None
         if isinstance(small, EncoderHead):
             from export.encoder import encoder_counts, encoder_graph
 
@@ -72,18 +77,18 @@ class Graphs:
         return fixed_graph(small), fixed_counts(small)
 
     def _feeds(self) -> list[Feed]:
-        texts = self._run.texts
-        chosen = np.unique(np.linspace(0, len(texts) - 1, min(CALIBRATION, len(texts))).astype(int))
+        payloads = self._run.payloads
+        chosen = np.unique(np.linspace(0, len(payloads) - 1, min(CALIBRATION, len(payloads))).astype(int))
         preprocessor = preprocessor_of(self._run)
-        return [preprocessor.batch([texts[i]]) for i in chosen]
+        return [preprocessor.batch([payloads[i]]) for i in chosen]
 
 
 def preprocessor_of(run: Run) -> Preprocessor:
-    """What the device makes of a text, from the run alone."""
+    """What the device makes of a sample, from the run alone."""
     tokenizer = tokenizer_json(run)
     return load_preprocessor(run.task.preprocess, {"tokenizer.json": tokenizer} if tokenizer else {})
 
 
 def tokenizer_json(run: Run) -> bytes:
-    """What the device's tokenizer reads; empty for n-grams, which need no file."""
-    return b"" if isinstance(run.small, NgramModel) else bytes(run.small.tokenizer_json)
+    """What the device's tokenizer reads; empty for n-grams and images, which need no file."""
+    return b"" if isinstance(run.small, (NgramModel, VisionModel)) else bytes(run.small.tokenizer_json)

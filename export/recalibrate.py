@@ -13,6 +13,7 @@ from export.session import Outputs, Session
 from kcm.calibration import Threshold
 from kcm.errors import DataError
 from kcm.preprocess import Preprocessor
+from kcm.sample import Payload
 from training.calibrate import fixed, for_accuracy, for_promise, for_rate, reference, with_accuracy
 from training.guarantee import promise, sequence
 from training.run import Run
@@ -27,19 +28,19 @@ class Basis:
     """The texts [N] that ε is chosen on, what fp32 makes of them, and which out-of-fold predictions they have; None: they are fresh."""
 
     preprocessor: Preprocessor
-    texts: list[str]
+    payloads: Sequence[Payload]
     plain: Outputs
     rows: NDArray[np.int64] | None
 
 
-def basis(run: Run, plain: Session, preprocessor: Preprocessor, fresh: Sequence[str]) -> Basis:
+def basis(run: Run, plain: Session, preprocessor: Preprocessor, fresh: Sequence[Payload]) -> Basis:
     """
     Args:
-        fresh: texts like the traffic's that the run wasn't fitted on (kcm.app.samples.fresh_texts). Without any, the run's out-of-fold
+        fresh: texts like the traffic's that the run wasn't fitted on (kcm.app.samples.fresh_payloads). Without any, the run's out-of-fold
             predictions stand in, with what rounding does to the same texts' logits in the final model added: the folds' own models
             are gone.
     """
-    source = fresh or run.texts
+    source = fresh or run.payloads
     rows = np.unique(np.linspace(0, len(source) - 1, min(ROWS, len(source))).astype(np.int64))
     texts = [source[row] for row in rows]
     return Basis(preprocessor, texts, plain.answer(preprocessor, texts), None if fresh else rows)
@@ -60,7 +61,7 @@ def recalibrated(run: Run, on: Basis, session: Session, judge: Session) -> Thres
     """
     old = run.threshold
     before, after = _scores(run, on, session, judge)
-    answered = session.answer(on.preprocessor, run.answered.texts) if run.answered else None
+    answered = session.answer(on.preprocessor, run.answered.payloads) if run.answered else None
     if old.method in ("accuracy", "guarantee"):
         new = _by_labels(run, answered, after)
     elif old.method == "cloud-rate":
@@ -95,7 +96,7 @@ def _by_labels(run: Run, answered: Outputs | None, scores: Float32) -> Threshold
 
 def _scores(run: Run, on: Basis, session: Session, judge: Session) -> tuple[Float32, Float32]:
     """Routing scores [N] in fp32 and in the precision."""
-    narrow = session.answer(on.preprocessor, on.texts)
+    narrow = session.answer(on.preprocessor, on.payloads)
     if on.rows is None:
         return on.plain["score"], narrow["score"]
     held = run.out_of_fold.take(on.rows)

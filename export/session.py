@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from kcm.errors import require
 from kcm.preprocess import Preprocessor
+from kcm.sample import Payload
 
 Outputs = dict[str, NDArray[Any]]
 
@@ -29,9 +30,10 @@ class Session:
     def run(self, inputs: dict[str, NDArray[Any]]) -> Outputs:
         return dict(zip(self._names, self._session.run(None, inputs), strict=True))
 
-    def answer(self, preprocessor: Preprocessor, texts: Sequence[str]) -> Outputs:
-        """Every output for N texts, [N, ...]; in batches of like length, so that padding stays small."""
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        parts = [self.run(preprocessor.batch([texts[i] for i in order[start : start + _BATCH]])) for start in range(0, len(texts), _BATCH)]
+    def answer(self, preprocessor: Preprocessor, payloads: Sequence[Payload]) -> Outputs:
+        """Every output for N samples, [N, ...]; in batches of like length, so that padding stays small."""
+        order = sorted(range(len(payloads)), key=lambda i: len(payloads[i]))
+        batches = (order[start : start + _BATCH] for start in range(0, len(payloads), _BATCH))
+        parts = [self.run(preprocessor.batch([payloads[i] for i in rows])) for rows in batches]
         back = np.argsort(order)
         return {name: np.concatenate([part[name] for part in parts])[back] for name in self._names}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from export.session import Session
 from kcm.bundle import Bundle
 from kcm.errors import VerifyError
 from kcm.preprocess import load_preprocessor
+from kcm.sample import Payload
 from training.run import Run
 from training.small import Small
 
@@ -34,8 +36,8 @@ class Report:
         return asdict(self)
 
 
-def verify(run: Run, kind: Small, bundle: Bundle, texts: list[str]) -> Report:
-    """Compare the run in torch with the bundle's fp32 graph on `texts`.
+def verify(run: Run, kind: Small, bundle: Bundle, payloads: Sequence[Payload]) -> Report:
+    """Compare the run in torch with the bundle's fp32 graph on `payloads`.
 
     Raises:
         VerifyError: logits, labels, C_x, the routing score or a decision differ beyond the bars, or the bundle is of another run.
@@ -50,11 +52,11 @@ def verify(run: Run, kind: Small, bundle: Bundle, texts: list[str]) -> Report:
         raise VerifyError(f"{bundle.path} has ε = {epsilon:.4f}, the run {run.threshold.epsilon:.4f}", fix="export again")
     if tokenizer_json(run) != bundle.files.get("tokenizer.json", b""):
         raise VerifyError(f"{bundle.path} has another tokenizer.json than the run")
-    predictions = kind.predict(run.small, kind.featurise(texts))
+    predictions = kind.predict(run.small, kind.featurise(payloads))
     confidence, score = run.judge.confidence(predictions), run.score(predictions)
     preprocessor = load_preprocessor(bundle.task.preprocess, bundle.files)
     session = Session(bundle.model("fp32"))
-    out = session.answer(preprocessor, texts)
+    out = session.answer(preprocessor, payloads)
     logits, c, s, top = (out[name] for name in ("logits", "confidence", "score", "top_ids"))
 
     moved = (s > epsilon) != (score > epsilon)
@@ -63,7 +65,7 @@ def verify(run: Run, kind: Small, bundle: Bundle, texts: list[str]) -> Report:
     scale = max(1.0, float(np.abs(predictions.logits).max()))
     lead = np.take_along_axis(predictions.logits, top[:, :1], 1)[:, 0] >= predictions.logits.max(1) - 2 * LOGITS * scale
     report = Report(
-        samples=len(texts),
+        samples=len(payloads),
         logits_error=float(np.abs(logits - predictions.logits).max()) / scale,
         confidence_error=float(np.abs(c - confidence).max()),
         score_error=float(np.abs(s - score).max()),

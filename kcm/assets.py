@@ -7,8 +7,8 @@ from pathlib import Path
 
 from kcm.errors import ConfigError
 
-MODELS = ("minilm", "smollm2")
-TASKS = ("r52", "20newsgroups")
+MODELS = ("minilm", "smollm2", "efficientnet-lite0")
+TASKS = ("r52", "20newsgroups", "emoji-i2t", "emoji-t2i")
 
 
 def cache_dir() -> Path:
@@ -40,7 +40,8 @@ def task_path(name_or_path: str) -> Path:
     if name_or_path in TASKS and not Path(name_or_path).exists():
         folder = cache_dir() / "tasks" / name_or_path
         if not (folder / "task.toml").exists():
-            raise ConfigError(f"task {name_or_path!r} is not fetched yet", fix=f"kcm fetch {name_or_path}")
+            asset = "emoji" if name_or_path.startswith("emoji-") else name_or_path  # one fetch makes both directions
+            raise ConfigError(f"task {name_or_path!r} is not fetched yet", fix=f"kcm fetch {asset}")
         return folder / "task.toml"
     path = Path(name_or_path)
     path = path / "task.toml" if path.is_dir() else path

@@ -20,7 +20,7 @@ from kcm.calibration import Calibration
 from kcm.errors import BundleError, ConfigError
 
 MANIFEST = "manifest.json"
-SCHEMA = 3  # 2: the graph has a fifth output, the routing score; 3: the longest row
+SCHEMA = 4  # 2: the graph has a fifth output, the routing score; 3: the longest row; 4: of each input, words among them
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Precision = Literal["fp32", "fp16", "int8"]
 
@@ -45,15 +45,15 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class GraphSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The fused graph's signature: inputs by name, each [B, L], and how many hint candidates top_ids [B, k] holds.
+    """The fused graph's signature: inputs [B, L] by name with the largest L of each, and how many hint candidates top_ids [B, k] holds.
 
-    B is 1..max_batch and L 1..max_length: what an engine that is built for a range of shapes is built for.
+    B is 1..max_batch and L from 1: what an engine that is built for a range of shapes is built for. Inputs with one largest L share
+    their L. Images have a fixed shape [B, S, S, 3]: for them it is S.
     """
 
-    inputs: tuple[str, ...]
+    inputs: dict[str, int]
     candidates: int
     max_batch: int = 32
-    max_length: int = 1
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -69,6 +69,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     round: int = 0  # distillation round
     parent: str = ""  # bundle that this one was distilled from
     teacher_id: str = ""
+
+
+class _Schema(msgspec.Struct):
+    schema: int
 
 
 class Bundle(msgspec.Struct, frozen=True, kw_only=True):
@@ -149,17 +153,19 @@ def read_manifest(path: Path) -> Manifest:
     """The manifest alone, its own id checked against the files it lists.
 
     Raises:
-        BundleError: missing, unreadable, of a newer schema, or with an id that isn't the hash of its files.
+        BundleError: missing, unreadable, of another schema, or with an id that isn't the hash of its files.
     """
     try:
-        manifest = msgspec.json.decode((path / MANIFEST).read_bytes(), type=Manifest)
+        data = (path / MANIFEST).read_bytes()
+        schema = msgspec.json.decode(data, type=_Schema).schema  # first: a manifest of another schema has other fields
+        manifest = msgspec.json.decode(data, type=Manifest) if schema == SCHEMA else None
     except (FileNotFoundError, NotADirectoryError):
         raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}", fix="kcm export RUN --out DIR   makes one") from None
     except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
         raise BundleError(f"{path / MANIFEST} can't be read: {error}") from error
-    if manifest.schema != SCHEMA:
-        fix = "upgrade kcm on this device" if manifest.schema > SCHEMA else "export it again with this kcm"
-        raise BundleError(f"{path} has bundle schema {manifest.schema}, this kcm reads {SCHEMA}", fix=fix)
+    if manifest is None:
+        fix = "upgrade kcm on this device" if schema > SCHEMA else "export it again with this kcm"
+        raise BundleError(f"{path} has bundle schema {schema}, this kcm reads {SCHEMA}", fix=fix)
     if manifest.bundle_id != _bundle_id(manifest):
         raise BundleError(f"{path}: the bundle id doesn't match what the manifest lists: damaged or changed")
     return manifest

@@ -43,9 +43,10 @@ def explores(sample_id: str, share: float) -> bool:
     return draw(sample_id, "explore") < share
 
 
-def draw(sample_id: str, purpose: str) -> float:
-    """A number in [0, 1), the same for one id and purpose everywhere, and independent between purposes."""
-    digest = hashlib.blake2b(f"{purpose}\x00{sample_id}".encode(), digest_size=6).digest()  # 48 bits: exact in a float
+def draw(of: str | bytes, purpose: str) -> float:
+    """A number in [0, 1), the same for one id (or payload) and purpose everywhere, and independent between purposes."""
+    data = of.encode() if isinstance(of, str) else of
+    digest = hashlib.blake2b(purpose.encode() + b"\x00" + data, digest_size=6).digest()  # 48 bits: exact in a float
     return int.from_bytes(digest, "big") / 2**48
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from protos.kcm.v1 import cloud_pb2, edge_pb2, sample_pb2
 
 Float32 = NDArray[np.float32]
+Payload = str | bytes  # UTF-8 text, or the bytes of an image file: what an edge and a large model can read
 
 
 class Route(enum.IntEnum):
@@ -60,7 +61,7 @@ class Tensors(msgspec.Struct, frozen=True):
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
     """One input: UTF-8 text, the bytes of an image file, or tensors, which only the device can answer."""
 
-    payload: str | bytes | Tensors
+    payload: Payload | Tensors
     sample_id: str = ""
     route: Route = Route.AUTO
 
@@ -115,11 +116,11 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
             message.candidates.add(label_id=label_id, probability=probability)
 
 
-def payload_to_proto(payload: str | bytes) -> sample_pb2.Payload:
+def payload_to_proto(payload: Payload) -> sample_pb2.Payload:
     return sample_pb2.Payload(text=payload) if isinstance(payload, str) else sample_pb2.Payload(image=payload)
 
 
-def payload_from_proto(message: sample_pb2.Payload) -> str | bytes:
+def payload_from_proto(message: sample_pb2.Payload) -> Payload:
     """What a large model may read. Raises ValueError where no kind is set, or tensors are."""
     kind = message.WhichOneof("kind")
     if kind == "text":
@@ -129,7 +130,7 @@ def payload_from_proto(message: sample_pb2.Payload) -> str | bytes:
     raise ValueError("payload is empty: set text or image" if kind is None else "tensors are for the device alone: set text or image")
 
 
-def edge_payload_from_proto(message: sample_pb2.Payload) -> str | bytes | Tensors:
+def edge_payload_from_proto(message: sample_pb2.Payload) -> Payload | Tensors:
     """What the device may read. Raises ValueError where no kind is set."""
     kind = message.WhichOneof("kind")
     if kind is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,10 +17,14 @@ Positive = Annotated[int, msgspec.Meta(gt=0)]
 Whole = Annotated[int, msgspec.Meta(ge=0)]
 Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 Weight = Annotated[float, msgspec.Meta(ge=0.0)]
+Scale = Annotated[float, msgspec.Meta(gt=0.0)]
 
 
 class DataSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Files of `text,label` (CSV, JSONL or Parquet), relative to task.toml. Only train is needed to begin.
+    """Files of samples with their labels, relative to task.toml. Only train is needed to begin.
+
+    Texts: CSV, JSONL or Parquet of `text,label`. Images: a folder with one folder per label, a CSV of `image,label` whose images are
+    paths relative to it, or an .npz with arrays `images` uint8 [N, H, W, 3] and `labels`.
 
     train: the edge's own labels. large_train: the large model's, disjoint from the stream. stream: what reaches the devices;
     labels in it are withheld. calibration: labels kept back to choose ε. selection: those to choose head and hint gate by, else a
@@ -35,32 +40,86 @@ class DataSpec(msgspec.Struct, frozen=True, kw_only=True):
     gold: str = ""
     selection: str = ""
     text_column: str = "text"
+    image_column: str = "image"
+    label_column: str = "label"
+
+
+class GallerySpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What a retrieval task searches: its labels are the items, and `file` holds their content; "" where the task is none.
+
+    A table (CSV, JSONL, Parquet) of label and content: captions where queries are images, images where queries are texts; every label
+    has a row, and several rows of one label are wordings or pictures of the same item. data.large_train is then a table of pairs,
+    image and text, of any items: no labels.
+    """
+
+    file: str = ""
+    text_column: str = "text"
+    image_column: str = "image"
     label_column: str = "label"
 
 
 class PreprocessSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """How text becomes ids. "ngrams": hashed words, word pairs and character n-grams. "tokenizer": a tokenizer.json."""
+    """How a sample becomes the graph's inputs.
 
-    kind: Literal["ngrams", "tokenizer"] = "ngrams"
+    "ngrams": hashed words, word pairs and character n-grams. "tokenizer": a tokenizer.json. "image": a JPEG or PNG file, at most
+    max_bytes long and max_pixels large, as `size` × `size` RGB pixels; "crop" scales the shorter side and cuts the middle out,
+    "squash" scales both. `mean` and `std` of the pixels 0..255 are taken off in the graph: (x − mean) / std.
+    """
+
+    kind: Literal["ngrams", "tokenizer", "image"] = "ngrams"
     buckets: Positive = 2**18
     char_min: Positive = 3
     char_max: Positive = 5
     max_words: Positive = 400
     tokenizer: str = ""
     max_tokens: Positive = 128
+    size: Annotated[int, msgspec.Meta(ge=8, le=1024)] = 32
+    resize: Literal["crop", "squash"] = "crop"
+    mean: tuple[float, float, float] = (127.0, 127.0, 127.0)
+    std: tuple[Scale, Scale, Scale] = (128.0, 128.0, 128.0)
+    max_bytes: Annotated[int, msgspec.Meta(gt=0, le=2**23)] = 2**22  # kcm.rpc.SampleBytes: what one message can hold
+    max_pixels: Positive = 2**24
+
+
+Balance = Literal["none", "softmax", "adjust", "weights"]
+
+
+class NetSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """An image classifier that is trained here, as small or as large model.
+
+    depth: of a CIFAR ResNet, 6n + 2 (He et al. 2016, section 4.2); width: channels of its first stage. epochs, batch, learning_rate: of
+    SGD with a one-cycle schedule. balance, for a long tail: "none"; "softmax", the balanced softmax (Ren et al. 2020); "adjust",
+    logits less the log of the class prior after fitting (Menon et al. 2021); "weights", by the effective number (Cui et al. 2019).
+    weights: a folder of ImageNet weights to start from (kind "efficientnet-lite"); frozen: fit the head alone.
+    """
+
+    depth: Annotated[int, msgspec.Meta(ge=8, le=110)] = 8
+    width: Annotated[int, msgspec.Meta(ge=4, le=256)] = 16
+    epochs: Positive = 30
+    batch: Positive = 128
+    learning_rate: Annotated[float, msgspec.Meta(gt=0.0)] = 0.1
+    balance: Balance = "softmax"
+    weights: str = "efficientnet-lite0"
+    frozen: bool = False
 
 
 class SmallSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """The small model. "ngrams": ours. "encoder": a Hugging Face folder. "onnx": the user's graph with named logits.
+    """The small model. "ngrams": ours. "encoder": a Hugging Face folder. "onnx": the user's graph with named logits. Of images:
+    "resnet" or "efficientnet-lite", as [small.net] says.
 
-    vectors: the encoder that gives "ngrams" its static word vectors (a fetched model or a folder); "" for none.
+    "dual", of a retrieval task: a linear map from pixels, or from word vectors, to the gallery's embeddings.
+
+    vectors: the encoder that gives "ngrams" static word vectors (a fetched model or a folder), "" for none; of "dual" these, or the
+    gallery's captions encoded. net.weights, of "dual" with text queries: the image net that embeds the gallery, "" for its pixels. No
+    device runs either.
     """
 
-    kind: Literal["ngrams", "encoder", "onnx"] = "ngrams"
+    kind: Literal["ngrams", "encoder", "onnx", "resnet", "efficientnet-lite", "dual"] = "ngrams"
     path: str = ""
     vectors: str = "minilm"
     vector_size: Positive = 256
     logits: str = "logits"
+    net: NetSpec = NetSpec()
 
 
 class JudgeSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,13 +141,25 @@ class JudgeSpec(msgspec.Struct, frozen=True, kw_only=True):
     folds: Annotated[int, msgspec.Meta(ge=2)] = 5
 
 
-class LargeSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """The large model. "encoder": a transformers encoder with a trained head. "causal": a language model that scores labels."""
+_LARGE_NET: dict[str, Any] = {"depth": 32, "epochs": 60}  # where they differ from NetSpec's own
 
-    kind: Literal["encoder", "causal"] = "encoder"
+
+class LargeSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """The large model. "encoder": a transformers encoder with a trained head. "causal": a language model that scores labels. Of images:
+    "resnet", "bbn" (two branches, Zhou et al. 2020) or "efficientnet-lite", as [large.net] says; they are served as ONNX. "onnx": the
+    user's own classifier, whose file `model` names, relative to task.toml. Of retrieval tasks: "dual", frozen encoders of text (`model`)
+    and of images (net.weights) with a linear map between their spaces; "clip": a CLIP model in transformers' format, in the folder `model`.
+
+    An image model reads a hint as a prior over classes, with a weight that is fitted on rows kept back ("onnx": on large_train, which
+    that model must not have been fitted on).
+    """
+
+    kind: Literal["encoder", "causal", "resnet", "bbn", "efficientnet-lite", "onnx", "dual", "clip"] = "encoder"
     model: str = "minilm"
     max_tokens: Positive = 128
     hint_dropout: Share = 0.0
+    size: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0  # pixels a side that an image model reads; 0: as the small model
+    net: NetSpec = NetSpec(**_LARGE_NET)
 
 
 Method = Literal["kcm", "mcm", "kd", "d"]
@@ -189,8 +260,9 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 
     id: str
     labels: tuple[str, ...]
-    modality: Literal["text"] = "text"
+    modality: Literal["text", "image"] = "text"
     data: DataSpec = DataSpec()
+    gallery: GallerySpec = GallerySpec()
     preprocess: PreprocessSpec = PreprocessSpec()
     small: SmallSpec = SmallSpec()
     judge: JudgeSpec = JudgeSpec()
@@ -211,8 +283,10 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     def shipped(self) -> dict[str, Any]:
         """The tables of task.toml as a bundle carries them: no data files, no path of the machine that trained."""
         tables: dict[str, Any] = msgspec.to_builtins(self)
-        for table, key in (("small", "path"), ("small", "vectors"), ("large", "model")):
+        for table, key in (("small", "path"), ("small", "vectors"), ("large", "model"), ("gallery", "file")):
             tables[table][key] = Path(tables[table][key]).name
+        for table in ("small", "large"):
+            tables[table]["net"]["weights"] = Path(tables[table]["net"]["weights"]).name
         del tables["root"], tables["data"]
         head = {key: tables.pop(key) for key in ("id", "modality", "labels")}
         return {"task": head, **tables}
@@ -258,6 +332,10 @@ def parse_task(values: dict[str, Any], where: str, root: str = ".") -> Task:
         raise ConfigError(f"{where}: table [task] with id and labels is missing")
     if clash := sorted(set(head) & set(values) | set(head) & {"root"}):
         raise ConfigError(f"{where}: [task] has an unknown key {clash[0]!r}")
+    large = values.get("large")
+    if isinstance(large, dict) and isinstance(large.get("net"), dict):
+        # The large net's defaults aren't the small one's, and a table that sets one key of it must not fall back to those.
+        values["large"] = {**large, "net": {**_LARGE_NET, **large["net"]}}
     task = convert({**head, **values, "root": root}, Task, where)
     check_labels(task.labels, where)
     if task.distill.method == "mcm":
@@ -269,12 +347,53 @@ def parse_task(values: dict[str, Any], where: str, root: str = ".") -> Task:
         )
     if not task.id or not task.id.replace("-", "").replace("_", "").replace(".", "").isalnum():
         raise ConfigError(f"{where}: task id {task.id!r} must be letters, digits, '-', '_' and '.'")
-    if (task.small.kind, task.preprocess.kind) in (("ngrams", "tokenizer"), ("encoder", "ngrams")):
-        fix = 'small kind "ngrams" reads preprocess kind "ngrams", "encoder" reads "tokenizer"'
-        raise ConfigError(f"{where}: a small model of kind {task.small.kind!r} can't read {task.preprocess.kind!r} preprocessing", fix=fix)
+    _check_kinds(task, where)
     if task.preprocess.char_min > task.preprocess.char_max:
         raise ConfigError(f"{where}: [preprocess] char_min {task.preprocess.char_min} is above char_max {task.preprocess.char_max}")
     return task
+
+
+_READS: dict[str, tuple[str, ...]] = {
+    "ngrams": ("ngrams",),
+    "encoder": ("tokenizer",),
+    "onnx": ("ngrams", "tokenizer", "image"),
+    "resnet": ("image",),
+    "efficientnet-lite": ("image",),
+    "dual": ("ngrams", "image"),
+}
+_RETRIEVAL = ("dual", "clip")
+_IMAGE_LARGE = ("resnet", "bbn", "efficientnet-lite", "onnx")
+
+
+def _check_kinds(task: Task, where: str) -> None:
+    """Raises ConfigError where small model, large model, preprocessing and modality don't fit each other."""
+    small, reads = task.small.kind, _READS[task.small.kind]
+    if task.preprocess.kind not in reads:
+        fix = f"small kind {json.dumps(small)} reads {' or '.join(map(json.dumps, reads))}, set kind under [preprocess]"
+        raise ConfigError(f"{where}: a small model of kind {small!r} can't read {task.preprocess.kind!r} preprocessing", fix=fix)
+    retrieval = (bool(task.gallery.file), small == "dual", task.large.kind in _RETRIEVAL)
+    if any(retrieval) and not all(retrieval):
+        fix = 'kind = "dual" under [small], "dual" or "clip" under [large], and file under [gallery] go together'
+        raise ConfigError(f"{where}: a retrieval task needs a gallery and two models that search it", fix=fix)
+    if any(retrieval) and not task.small.vectors:
+        raise ConfigError(f"{where}: a small model of kind 'dual' needs a text encoder", fix='vectors = "minilm" under [small]')
+    if any(retrieval) and task.distill.direction == "reverse":
+        fix = 'direction = "forward"'
+        raise ConfigError(f"{where}: [distill] a model of kind 'dual' is fitted in closed form, which knows no reverse direction", fix=fix)
+    images = task.modality == "image"
+    if images != (task.preprocess.kind == "image"):
+        fix = '[task] modality = "image" goes with [preprocess] kind = "image"'
+        raise ConfigError(f"{where}: modality {task.modality!r} with {task.preprocess.kind!r} preprocessing", fix=fix)
+    preprocess = task.preprocess
+    if images and (preprocess.max_pixels < preprocess.size**2 or preprocess.max_bytes < 3.1 * preprocess.size**2 + 1024):
+        # Golden inputs and rows of an .npz are PNGs of that size, and noise isn't made smaller by any format.
+        size = preprocess.size
+        raise ConfigError(f"{where}: [preprocess] max_bytes or max_pixels would refuse images of {size} × {size}", fix="raise them")
+    if not any(retrieval) and images != (task.large.kind in _IMAGE_LARGE):
+        kinds = ", ".join(map(repr, _IMAGE_LARGE if images else ("encoder", "causal")))
+        raise ConfigError(
+            f"{where}: a large model of kind {task.large.kind!r} can't read modality {task.modality!r}", fix=f"choose from {kinds}"
+        )
 
 
 def check_labels(labels: tuple[str, ...], where: str) -> None:

@@ -22,7 +22,7 @@ import pytest
 import kcm.task
 from cloud_server.store import Row, TeacherStore
 from kcm.assets import cache_dir
-from kcm.sample import Float32, Hint, HintArm, scores_to_proto
+from kcm.sample import Float32, Hint, HintArm, Payload, payload_to_proto, scores_to_proto
 from protos.kcm.v1 import cloud_pb2, cloud_pb2_grpc, sample_pb2
 
 LABELS = ("acq", "crude oil", "crude steel", "earn")
@@ -179,38 +179,38 @@ def tiny_encoder(folder: Path, **changes: Any) -> Path:
 
 
 class RuleModel:
-    """A large model that needs no weights: scores follow from the text's bytes and the hint. Counts, and can be slowed down."""
+    """A large model that needs no weights: scores follow from the payload's bytes and the hint. Counts, and can be slowed down."""
 
     teacher_id, prompt_id, reads_hints, labels = "rule", "prompt", True, LABELS
     scores_kind = sample_pb2.Scores.LOGIT
 
     def __init__(self, seconds_each: float = 0.0) -> None:
         self.seconds_each = seconds_each
-        self.calls: list[tuple[str, Hint | None]] = []
+        self.calls: list[tuple[Payload, Hint | None]] = []
         self.batches: list[int] = []
         self.hold: threading.Event | None = None
 
-    def logits(self, samples: Sequence[str], hints: Sequence[Hint | None]) -> Float32:
+    def logits(self, samples: Sequence[Payload], hints: Sequence[Hint | None]) -> Float32:
         self.calls += list(zip(samples, hints, strict=True))
         self.batches.append(len(samples))
         if self.hold is not None:
             self.hold.wait(30)
         time.sleep(self.seconds_each * len(samples))
-        if any("explode" in text for text in samples):
+        if any(isinstance(sample, str) and "explode" in sample for sample in samples):
             raise RuntimeError("secret payload in the message")
-        return np.stack([self.row(text, hint) for text, hint in zip(samples, hints, strict=True)])
+        return np.stack([self.row(sample, hint) for sample, hint in zip(samples, hints, strict=True)])
 
     @staticmethod
-    def row(text: str, hint: Hint | None = None) -> Float32:
-        seed = [*text.encode(), *(hint.label_ids if hint else ())]
+    def row(payload: Payload, hint: Hint | None = None) -> Float32:
+        seed = [*(payload.encode() if isinstance(payload, str) else payload), *(hint.label_ids if hint else ())]
         return np.random.default_rng(seed).normal(size=len(LABELS)).astype(np.float32)
 
 
 def sample(
-    sample_id: str, text: str = "profit rose", *, hint: Hint | None = None, small: Float32 | None = None, **changes: Any
+    sample_id: str, payload: Payload = "profit rose", *, hint: Hint | None = None, small: Float32 | None = None, **changes: Any
 ) -> cloud_pb2.PredictSample:
     message = cloud_pb2.PredictSample(
-        sample_id=sample_id, purpose=cloud_pb2.LIVE, p_escalate=1.0, confidence=0.5, bundle_id="b0", payload=sample_pb2.Payload(text=text)
+        sample_id=sample_id, purpose=cloud_pb2.LIVE, p_escalate=1.0, confidence=0.5, bundle_id="b0", payload=payload_to_proto(payload)
     )
     if hint is not None:
         message.hint.CopyFrom(hint.to_proto())
@@ -233,7 +233,7 @@ def labels_request(edge_id: str = "edge-1", task_id: str = "toy", label_space: s
     return cloud_pb2.LabelRequest(edge_id=edge_id, task_id=task_id, label_space=label_space, labels=truths)
 
 
-def row(sample_id: str, edge_id: str = "edge-1", text: str = "profit rose", **changes: Any) -> Row:
+def row(sample_id: str, edge_id: str = "edge-1", text: Payload = "profit rose", **changes: Any) -> Row:
     made = Row(
         edge_id=edge_id,
         sample_id=sample_id,
@@ -246,7 +246,7 @@ def row(sample_id: str, edge_id: str = "edge-1", text: str = "profit rose", **ch
         payload=text,
         confidence=0.5,
         small_logits=None,
-        answer_logits=RuleModel.row(text + sample_id),
+        answer_logits=RuleModel.row((text if isinstance(text, str) else text.hex()) + sample_id),
         hint_arm=HintArm.NONE,
         teacher_id="rule",
         prompt_id="prompt",

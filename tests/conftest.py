@@ -59,7 +59,7 @@ def bundle_dir(tiny_run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
     run = load_run(tiny_run_dir)
     out = tmp_path_factory.mktemp("bundles") / "bundle"
-    export_bundle(run, out, golden_texts=run.texts)
+    export_bundle(run, out, golden_payloads=run.payloads)
     return out
 
 

@@ -1,4 +1,4 @@
-"""A real gRPC Cloud that answers by rule: the label is the text's length modulo the classes. Commits before it replies.
+"""A real gRPC Cloud that answers by rule: the label is the payload's length modulo the classes. Commits before it replies.
 
 How it answers is read from FOLDER/behaviour.json at each call: {"mode": ..., "delay_ms": ..., "teacher": ...}. Modes: ok, full,
 mismatch, poison (refuses a call that holds the word, in a text or in the id of a truth), garbage, wrong-ids, unstored, broken,
@@ -8,6 +8,7 @@ old (has no Label), strict (takes truths about its own labels only).
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import sqlite3
 import sys
@@ -17,9 +18,10 @@ from typing import Any
 import grpc
 import numpy as np
 
+from kcm.rpc import MAX_MESSAGE
 from kcm.sample import scores_to_proto
 from kcm.task import label_space
-from protos.kcm.v1 import cloud_pb2, cloud_pb2_grpc
+from protos.kcm.v1 import cloud_pb2, cloud_pb2_grpc, sample_pb2
 
 _LABELS = ("alpha", "beta", "gamma", "delta")
 _SCHEMA = """PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;
@@ -74,7 +76,7 @@ class ByRule(cloud_pb2_grpc.CloudServicer):
         return behaviour, mode
 
     def _predict(self, sample: cloud_pb2.PredictSample, label_space: str, mode: str) -> cloud_pb2.Prediction:
-        label = len(sample.payload.text) % len(_LABELS)
+        label = len(sample.payload.text or sample.payload.image) % len(_LABELS)
         scores = np.zeros(len(_LABELS), np.float32)
         scores[label] = 5.0
         if mode == "garbage":
@@ -94,7 +96,7 @@ class ByRule(cloud_pb2_grpc.CloudServicer):
                 "INSERT INTO inbox VALUES (?, ?, ?, 1, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET times = times + 1",
                 [
                     (
-                        *(request.edge_id, s.sample_id, s.purpose, s.payload.text, len(s.hint.label_ids)),
+                        *(request.edge_id, s.sample_id, s.purpose, _kept(s.payload), len(s.hint.label_ids)),
                         *(s.p_escalate, s.p_hint, s.confidence, len(s.small.values)),
                     )
                     for s in request.samples
@@ -102,8 +104,13 @@ class ByRule(cloud_pb2_grpc.CloudServicer):
             )
 
 
+def _kept(payload: sample_pb2.Payload) -> str:
+    """The text, or an image's SHA-256."""
+    return hashlib.sha256(payload.image).hexdigest() if payload.image else str(payload.text)
+
+
 async def main(folder: Path) -> None:
-    server = grpc.aio.server()
+    server = grpc.aio.server(options=[("grpc.max_receive_message_length", MAX_MESSAGE)])
     cloud_pb2_grpc.add_CloudServicer_to_server(ByRule(folder), server)
     address = f"unix:{folder}/c.sock"
     if (folder / "key.pem").exists():  # mTLS

@@ -23,6 +23,7 @@ from typing import Any
 import grpc
 import msgspec
 import numpy as np
+import tomli_w
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -31,7 +32,7 @@ import kcm.task
 from edge_runtime.engines.onnx import OrtEngine
 from kcm.bundle import GraphSpec
 from kcm.calibration import Calibration, HintGate
-from kcm.preprocess import GROUPS, Preprocessor, load_preprocessor
+from kcm.preprocess import GROUPS, Preprocessor, check_sums, load_preprocessor, longest_of
 from kcm.task import PreprocessSpec, SmallSpec, Task
 from protos.kcm.v1 import edge_pb2, edge_pb2_grpc, sample_pb2
 
@@ -41,6 +42,9 @@ HARD = ("nothing to see", "dim light", "who can say this")
 EPSILON = 0.9
 CANDIDATES = 3
 _WORDS = (*LABELS, "the", "case", "nothing", "to", "see", "dim", "light", "who", "can", "say", "this")
+
+
+_NGRAM_TYPES = {"ids": TensorProto.INT32, "weights": TensorProto.FLOAT, "words": TensorProto.INT32, "word_weights": TensorProto.FLOAT}
 
 
 def tokenizer_json() -> bytes:
@@ -74,7 +78,8 @@ def ngram_table(preprocessor: Preprocessor, buckets: int, labels: tuple[str, ...
     """The same for hashed ids."""
     table = np.zeros((GROUPS * buckets, len(labels)), np.float32)
     for label, word in enumerate(labels):
-        ids = np.unique(preprocessor.batch([word])["ids"])
+        inputs = preprocessor.batch([word])
+        ids = np.union1d(inputs["ids"], inputs["words"])
         table[ids, label] += 12.0 / len(ids)
     return table
 
@@ -82,7 +87,7 @@ def ngram_table(preprocessor: Preprocessor, buckets: int, labels: tuple[str, ...
 def graph(table: NDArray[np.float32], *, ngrams: bool = False, external: str = "") -> bytes:
     """The fused graph with the contract's inputs and outputs: a bag of rows, softmax, top-k, C_x = best probability."""
     classes = table.shape[1]
-    ids, weight = ("ids", "weights") if ngrams else ("input_ids", "attention_mask")
+    ids, weight = ("all_ids", "all_weights") if ngrams else ("input_ids", "attention_mask")
     weights = numpy_helper.from_array(table, "table")
     if external:
         weights.ClearField("raw_data")
@@ -96,7 +101,12 @@ def graph(table: NDArray[np.float32], *, ngrams: bool = False, external: str = "
         numpy_helper.from_array(np.array([0], np.int64), "zero"),
         numpy_helper.from_array(np.array([CANDIDATES], np.int64), "k"),
     ]
+    joins = [
+        helper.make_node("Concat", ["words", "ids"], ["all_ids"], axis=1),
+        helper.make_node("Concat", ["word_weights", "weights"], ["all_weights"], axis=1),
+    ]
     nodes = [
+        *(joins if ngrams else ()),
         helper.make_node("Gather", ["table", ids], ["rows"]),
         helper.make_node("Cast", [weight], ["mask"], to=TensorProto.FLOAT),
         helper.make_node("Unsqueeze", ["mask", "two"], ["mask3"]),
@@ -108,8 +118,8 @@ def graph(table: NDArray[np.float32], *, ngrams: bool = False, external: str = "
         helper.make_node("Squeeze", ["best", "one"], ["confidence"]),
         helper.make_node("Identity", ["confidence"], ["score"]),
     ]
-    types = ((ids, TensorProto.INT32), (weight, TensorProto.FLOAT)) if ngrams else ((ids, TensorProto.INT64), (weight, TensorProto.INT64))
-    inputs = [helper.make_tensor_value_info(name, kind, ["B", "L"]) for name, kind in types]
+    types = _NGRAM_TYPES if ngrams else {ids: TensorProto.INT64, weight: TensorProto.INT64}
+    inputs = [helper.make_tensor_value_info(name, kind, ["B", "W" if "word" in name else "L"]) for name, kind in types.items()]
     outputs = [
         helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["B", classes]),
         helper.make_tensor_value_info("top_ids", TensorProto.INT64, ["B", CANDIDATES]),
@@ -149,10 +159,10 @@ def make_bundle(
     task = Task(id="tiny", labels=labels, preprocess=preprocess, small=small)
     preprocessor = load_preprocessor(task.preprocess, files)
     table = ngram_table(preprocessor, preprocess.buckets, labels) if ngrams else table_of(len(labels), seed)
-    spec = GraphSpec(inputs=preprocessor.names, candidates=CANDIDATES, max_batch=64, max_length=preprocessor.longest)
+    spec = GraphSpec(inputs=longest_of(preprocessor), candidates=CANDIDATES, max_batch=64)
     model = graph(table, ngrams=ngrams)
     (folder / "models" / "fp32.onnx").write_bytes(model)
-    (folder / "task.toml").write_text(_toml(task))
+    (folder / "task.toml").write_text(tomli_w.dumps(task.shipped()), encoding="utf-8")
     shown = HintGate(arm="candidates")
     calibration = calibration or Calibration(epsilon=epsilon, calibration_id=f"cal-{seed}", method="fixed", hint=shown)
     (folder / "calibration.json").write_bytes(msgspec.json.encode({"fp32": calibration}))
@@ -168,19 +178,10 @@ def make_bundle(
         confidence=outputs.confidence,
         score=outputs.score,
         top_ids=outputs.top_ids,
-        input_sums=inputs[preprocessor.names[0]].astype(np.int64).sum(axis=1),
+        input_sums=check_sums(inputs),
     )
     kcm.bundle.write_manifest(folder, task=task, graph=spec, version="0", round_=round_)
     return folder
-
-
-def _toml(task: Task) -> str:
-    lines = []
-    for table, values in task.shipped().items():
-        lines.append(f"[{table}]")
-        # JSON's strings, numbers, booleans and lists are TOML's
-        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
-    return "\n".join(lines) + "\n"
 
 
 class Process:

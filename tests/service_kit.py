@@ -25,7 +25,7 @@ TASK = kcm.task.Task(id="toy", labels=cloud_kit.LABELS)
 
 
 @contextlib.asynccontextmanager
-async def serving(folder: Path, model: Any, **changes: Any) -> AsyncIterator[tuple[Any, grpc.aio.Channel, str]]:
+async def serving(folder: Path, model: Any, task: kcm.task.Task = TASK, **changes: Any) -> AsyncIterator[tuple[Any, grpc.aio.Channel, str]]:
     settings = {
         "task": "t",
         "large": "l",
@@ -34,7 +34,7 @@ async def serving(folder: Path, model: Any, **changes: Any) -> AsyncIterator[tup
         "metrics_listen": "127.0.0.1:0",
         **changes,
     }
-    async with running(CloudConfig(**settings), TASK, model) as (address, metrics):
+    async with running(CloudConfig(**settings), task, model) as (address, metrics):
         async with grpc.aio.insecure_channel(address) as channel:
             yield cloud_pb2_grpc.CloudStub(channel), channel, metrics
 

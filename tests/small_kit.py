@@ -20,6 +20,7 @@ from kcm.preprocess import GROUPS, NgramPreprocessor
 from kcm.sample import Answer, Sample
 from kcm.task import PreprocessSpec, Task, parse_task
 from training.data import Split
+from training.ngrams import joined
 from training.program import train_run
 from training.run import Run, load_run, save_run
 from training.small import Small
@@ -140,7 +141,7 @@ class Graph:
 def ngram_table() -> NDArray[np.float32]:
     """Rows of hashed ids: each label's word speaks for it."""
     preprocessor = NgramPreprocessor(PreprocessSpec(buckets=BUCKETS))
-    places = {i: preprocessor.batch([label])["ids"][0].tolist() for i, label in enumerate(LABELS)}
+    places = {i: joined(preprocessor.batch([label]))[0][0].tolist() for i, label in enumerate(LABELS)}
     return table(GROUPS * BUCKETS, places) * 6
 
 
@@ -158,8 +159,8 @@ def through(task: Task, kind: Small, folder: Path, data: Split) -> Journey:
     """fit → save → load → export → load → verify → answers of an in-process edge."""
     save_run(folder / "run", train_run(task, kind, data, None, seed=0, progress=lambda _: None))
     run = load_run(folder / "run")
-    export_bundle(run, folder / "bundle", golden_texts=[*data.texts[:12], ""])
+    export_bundle(run, folder / "bundle", golden_payloads=[*data.payloads[:12], ""])
     bundle = load_bundle(folder / "bundle")
-    report = verify(run, kind, bundle, [*data.texts, ""])
-    answers = EdgeRuntime.load(folder / "bundle").infer([Sample(payload=text) for text in data.texts])
+    report = verify(run, kind, bundle, [*data.payloads, ""])
+    answers = EdgeRuntime.load(folder / "bundle").infer([Sample(payload=text) for text in data.payloads])
     return Journey(run, bundle, report, answers)

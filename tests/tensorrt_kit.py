@@ -135,7 +135,7 @@ class ICudaEngine:
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
         assert profile_index == 0
         free = self.get_tensor_shape(name)
-        at = (self._head["max_batch"], self._head["max_length"])
+        at = (self._head["max_batch"], self._head["inputs"].get(name, 0))
         least = tuple(1 if size == -1 else size for size in free)
         most = tuple(at[min(axis, 1)] if size == -1 else size for axis, size in enumerate(free))
         return [least, most, most]
@@ -258,8 +258,8 @@ FAKES: dict[str, type] = {
 }
 
 
-def fake_plan(model: bytes, *, max_batch: int, max_length: int, on_host: tuple[str, ...] = ()) -> bytes:
-    head = {"max_batch": max_batch, "max_length": max_length, "on_host": on_host}
+def fake_plan(model: bytes, *, max_batch: int, inputs: dict[str, int], on_host: tuple[str, ...] = ()) -> bytes:
+    head = {"max_batch": max_batch, "inputs": inputs, "on_host": on_host}
     return _MAGIC + json.dumps(head).encode() + b"\n" + model
 
 
@@ -288,7 +288,7 @@ class Gpu:
 
     def put(self, key: PlanKey, model: bytes, **more: Any) -> None:
         """A plan, as if it had been built."""
-        self.cache.write(key, fake_plan(model, max_batch=key.max_batch, max_length=key.max_length, **more), 1.0)
+        self.cache.write(key, fake_plan(model, max_batch=key.max_batch, inputs=key.inputs, **more), 1.0)
 
 
 @contextlib.contextmanager

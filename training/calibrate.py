@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from kcm.calibration import Reference, Threshold
 from kcm.errors import DataError
 from kcm.policy import draw, epsilon_for_accuracy, epsilon_for_rate
-from training.data import Split
+from kcm.sample import Payload
+from training.data import Split, identity
 from training.evaluate import wilson
 from training.guarantee import Promise
 
@@ -86,15 +87,16 @@ def reference(score: Float32, epsilon: float, agree: Bool | None = None, labelle
 
 
 def distinct(split: Split) -> Split:
-    """The split with each text once, the first of its rows: a text that comes twice is no second witness."""
-    first = dict.fromkeys(split.texts)
-    place = {text: i for i, text in reversed(list(enumerate(split.texts)))}
-    return split.take([place[text] for text in first])
+    """The split with each sample once, the first of its rows: one that comes twice is no second witness."""
+    first: dict[Payload, int] = {}
+    for place, payload in enumerate(split.payloads):
+        first.setdefault(identity(payload), place)
+    return split.take(list(first.values()))
 
 
 def divide(split: Split) -> tuple[Split, Split]:
     """(selection, calibration) of one labelled file, by a hash of the text: the same in every round, and never the same sample in both."""
-    chosen = [draw(text, "selection") < SELECTION for text in split.texts]
+    chosen = [draw(text, "selection") < SELECTION for text in split.payloads]
     return split.take([i for i, c in enumerate(chosen) if c]), split.take([i for i, c in enumerate(chosen) if not c])
 
 

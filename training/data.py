@@ -1,11 +1,12 @@
-"""Reading a user's files: CSV, JSONL or Parquet of text and label, with errors that name file and line."""
+"""Reading a user's files: CSV, JSONL or Parquet of text and label, with errors that name file and line. Images: training/image_files.py."""
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kcm.errors import DataError, require
+from kcm.sample import Payload
 from kcm.task import Task
 
 _MAX_FIELD = 2**24  # a document, not a mistake in quoting
@@ -21,14 +23,14 @@ _MAX_FIELD = 2**24  # a document, not a mistake in quoting
 
 @dataclass(frozen=True)
 class Split:
-    """Texts [N] and label ids [N]; labels is None where the file has none (a stream)."""
+    """Samples [N] and label ids [N]; labels is None where the file has none (a stream)."""
 
     name: str
-    texts: list[str]
+    payloads: Sequence[Payload]
     labels: NDArray[np.int64] | None
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.payloads)
 
     @property
     def y(self) -> NDArray[np.int64]:
@@ -38,7 +40,18 @@ class Split:
 
     def take(self, index: NDArray[np.int64] | Sequence[int]) -> Split:
         picked = np.asarray(index, dtype=np.int64)
-        return Split(self.name, [self.texts[i] for i in picked], None if self.labels is None else self.labels[picked])
+        return Split(self.name, taken(self.payloads, picked), None if self.labels is None else self.labels[picked])
+
+
+def taken(payloads: Sequence[Payload], index: NDArray[np.int64] | Sequence[int]) -> Sequence[Payload]:
+    """The samples at `index`. Files that are read on access stay so."""
+    take: Callable[[object], Sequence[Payload]] | None = getattr(payloads, "take", None)
+    return [payloads[i] for i in index] if take is None else take(index)
+
+
+def identity(payload: Payload) -> Payload:
+    """What two samples share if, and only if, they are the same: the text, or an image's hash, so that no image is kept for it."""
+    return payload if isinstance(payload, str) else hashlib.blake2b(payload, digest_size=16).digest()
 
 
 def load_split(task: Task, name: str) -> Split:
@@ -50,22 +63,37 @@ def load_split(task: Task, name: str) -> Split:
     relative: str = getattr(task.data, name)
     if not relative:
         raise DataError(f"task {task.id} names no {name} file", fix=f'add {name} = "FILE.csv" under [data] in task.toml')
-    path = task.path(relative)
-    texts, labels, lines = read_rows(path, task.data.text_column, task.data.label_column, labels_optional=name == "stream")
-    if name == "stream":
-        return Split(name, texts, encode_labels(labels, lines, task, path) if labels and all(v in task.labels for v in labels) else None)
-    ids = encode_labels(labels, lines, task, path)
+    path, optional = task.path(relative), name == "stream"
+    payloads: Sequence[Payload]
+    if task.modality == "image":
+        from training.image_files import read_images
+
+        payloads, labels, where = read_images(path, task.data, task.preprocess, labels_optional=optional)
+    else:
+        payloads, labels, lines = read_rows(path, task.data.text_column, task.data.label_column, labels_optional=optional)
+
+        def where(row: int) -> str:
+            return f"{path}:{lines[row]}"
+
+    if optional and not (labels and set(labels) <= set(task.labels)):
+        return Split(name, payloads, None)
+    ids = label_ids(labels, task, where)
     if name in ("train", "large_train") and len(np.unique(ids)) < 2:
         raise DataError(f"{path}: every row has label {labels[0]!r}; nothing can be learnt from one class")
-    return Split(name, texts, ids)
+    return Split(name, payloads, ids)
 
 
 def encode_labels(labels: Sequence[str], lines: Sequence[int], task: Task, path: Path) -> NDArray[np.int64]:
     """Label names → ids. Raises DataError at the first name that the task doesn't have."""
+    return label_ids(labels, task, lambda row: f"{path}:{lines[row]}")
+
+
+def label_ids(labels: Sequence[str], task: Task, where: Callable[[int], str]) -> NDArray[np.int64]:
+    """As encode_labels; `where` names a row for the message."""
     index = {label: i for i, label in enumerate(task.labels)}
-    for label, line in zip(labels, lines, strict=True):
+    for row, label in enumerate(labels):
         if label not in index:
-            raise DataError(f"{path}:{line}: unknown label {label!r}", fix="add it to labels in task.toml, or mend the row")
+            raise DataError(f"{where(row)}: unknown label {label!r}", fix="add it to labels in task.toml, or mend the row")
     return np.array([index[label] for label in labels], dtype=np.int64)
 
 
@@ -75,16 +103,11 @@ def read_rows(path: Path, text_column: str, label_column: str, *, labels_optiona
     Raises:
         DataError: missing, unreadable, an unknown ending, a missing column, no rows, or a bad row with its line.
     """
-    if not path.is_file():
-        raise DataError(f"{path} {'is no file' if path.exists() else 'does not exist'}")
-    reader = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{path}: unknown kind of file {path.suffix!r}", fix="use .csv, .jsonl or .parquet")
     texts: list[str] = []
     labels: list[str] = []
     lines: list[int] = []
     labelled: bool | None = None
-    for line, row in reader(path):
+    for line, row in rows_of(path):
         if labelled is None:
             labelled = row.get(label_column) is not None
             if not labelled and not labels_optional:
@@ -93,21 +116,40 @@ def read_rows(path: Path, text_column: str, label_column: str, *, labels_optiona
         if not isinstance(text, str) or not text.strip():
             seen = "is empty" if text_column in row else f"is missing; columns are {', '.join(map(repr, row))}"
             raise DataError(f"{path}:{line}: {text_column!r} {seen}")
-        if not _is_unicode(text):
+        if not is_unicode(text):
             raise DataError(f"{path}:{line}: {text_column!r} holds half a surrogate pair, which is no Unicode text")
         texts.append(text)
         lines.append(line)
         if labelled:
-            label = row.get(label_column)
-            if not isinstance(label, str | int) or isinstance(label, bool) or not str(label).strip() or not _is_unicode(str(label)):
-                raise DataError(f"{path}:{line}: {label_column!r} is empty or no name")
-            labels.append(str(label))
+            labels.append(label_in(row, label_column, f"{path}:{line}"))
     if not texts:
         raise DataError(f"{path} has no rows")
     return texts, labels, lines
 
 
-def _is_unicode(text: str) -> bool:
+def rows_of(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """(line number, row by column) of a table.
+
+    Raises:
+        DataError: missing, unreadable, or of an unknown ending.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} {'is no file' if path.exists() else 'does not exist'}")
+    reader = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: unknown kind of file {path.suffix!r}", fix="use .csv, .jsonl or .parquet")
+    return reader(path)
+
+
+def label_in(row: Mapping[str, Any], column: str, where: str) -> str:
+    """The label of a row. Raises DataError where it is none."""
+    label = row.get(column)
+    if not isinstance(label, str | int) or isinstance(label, bool) or not str(label).strip() or not is_unicode(str(label)):
+        raise DataError(f"{where}: {column!r} is empty or no name")
+    return str(label)
+
+
+def is_unicode(text: str) -> bool:
     """False where JSON's \\u escapes left a lone surrogate: such a string can't be written anywhere again."""
     try:
         text.encode()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kcm.assets import MODELS, model_path
 from kcm.errors import ConfigError, require
+from kcm.sample import Payload
 from kcm.task import Task
 from training.judge import Predictions
 from training.linear import fit_softmax
@@ -131,10 +132,10 @@ class Encoder:
         self._unknown = unknown_id(self.tokenizer_json)
         self._try_longest()
 
-    def featurise(self, texts: Sequence[str]) -> Embedded:
-        out = Embedded(np.zeros((len(texts), self._pooled.dimension), np.float32), *np.zeros((2, len(texts)), np.float32))
-        for rows in like_length(texts, _CHARACTERS * self._spec.max_tokens):
-            inputs = self.preprocessor.batch([texts[row] for row in rows])
+    def featurise(self, payloads: Sequence[Payload]) -> Embedded:
+        out = Embedded(np.zeros((len(payloads), self._pooled.dimension), np.float32), *np.zeros((2, len(payloads)), np.float32))
+        for rows in like_length(payloads, _CHARACTERS * self._spec.max_tokens):
+            inputs = self.preprocessor.batch([payloads[row] for row in rows])
             with torch.inference_mode():
                 out.vectors[rows] = self._pooled(*(torch.from_numpy(inputs[name]) for name in self.preprocessor.names)).numpy()
             out.length[rows], out.unknown[rows] = token_counts(inputs, self._unknown)

@@ -47,8 +47,13 @@ def fit(task: Task, kind: Small, examples: Examples, *, seed: int = 0, progress:
 
 
 def cross_fit(task: Task, kind: Small, examples: Examples, *, seed: int = 0) -> Predictions:
-    """Out-of-fold predictions [N]: each example by a model fitted on the other folds, stratified by the target's class."""
-    folds = fold_of(examples.targets.argmax(1), task.judge.folds, seed)
+    """Out-of-fold predictions [N]: each example by a model fitted on the other folds, stratified by the target's class.
+
+    Of a retrieval task, whose queries at run time are of items that no label showed, an item's queries lie in one fold.
+    """
+    classes = examples.targets.argmax(1)
+    by_item = getattr(kind, "by_item", False)
+    folds = item_folds(classes, task.judge.folds, seed) if by_item else fold_of(classes, task.judge.folds, seed)
     held: list[NDArray[np.int64]] = []
     parts: list[Predictions] = []
     for fold in range(task.judge.folds):
@@ -71,6 +76,19 @@ def fold_of(classes: NDArray[np.int64], folds: int, seed: int) -> NDArray[np.int
     fold = np.empty(len(classes), np.int64)
     fold[order] = np.arange(len(classes)) % folds
     return fold
+
+
+def item_folds(items: NDArray[np.int64], folds: int, seed: int) -> NDArray[np.int64]:
+    """A fold for each query [N] of an item [N]: all queries of one item share theirs.
+
+    Raises:
+        DataError: fewer items than folds.
+    """
+    known, place = np.unique(items, return_inverse=True)
+    if len(known) < folds:
+        raise DataError(f"queries of {len(known)} items can't be split into {folds} folds", fix="add rows, or lower folds under [judge]")
+    drawn: NDArray[np.int64] = np.random.default_rng(seed).permutation(len(known)) % folds
+    return drawn[place]
 
 
 def one_hot(labels: NDArray[np.int64], classes: int) -> Float32:

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from kcm.errors import ConfigError, require
 from kcm.preprocess import Inputs, NgramPreprocessor, Preprocessor
+from kcm.sample import Payload
 from kcm.task import Task
 from training.judge import Predictions
+from training.ngrams import joined
 from training.small import Examples
 from training.tokens import like_length, load_tokenizer, token_counts, unknown_id
 
@@ -24,15 +26,19 @@ ZERO_INPUTS = ("token_type_ids",)  # fed with zeros: one segment
 _TYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(float)": np.float32}
 _LOGIT_TYPES = ("tensor(float)", "tensor(float16)", "tensor(double)")
 _CHARACTERS = 5  # of a token or word, roughly: sizes batches, nothing else
-_ALIKE = 1e-3  # of a text's logits alone and in a batch, relative to the largest: fp16 graphs round
+ALIKE = 1e-3  # of a sample's logits alone and in a batch, relative to the largest: fp16 graphs round
+_NGRAM_INPUTS = ("ids", "weights")  # what a graph on hashed ids reads: words, word pairs and character n-grams in one row
 _GRAPH_FILE, _TOKENIZER_FILE = "small.onnx", "tokenizer.json"
 
 
 @dataclass(frozen=True)
 class FixedGraph:
-    """The user's graph as bytes, its logits output's name, and what it reads: `tokenizer_json`, or hashed ids where that is empty.
+    """The user's graph as bytes, its logits output's name, and what it reads: `tokenizer_json`, or hashed ids, or images.
 
-    `buckets`: of one group of hashed ids (kcm.preprocess), 0 with a tokenizer.
+    A graph on hashed ids reads `ids` and `weights` [B, L], words first (training.ngrams.joined); what pads has weight 0, and may stand
+    anywhere in a row.
+
+    `buckets`: of one group of hashed ids (kcm.preprocess), 0 without any.
     """
 
     model: bytes
@@ -51,12 +57,12 @@ class FixedGraph:
     def load(run: Path, task: Task) -> FixedGraph:
         """Raises ConfigError where the run's copy of the graph or of the tokenizer is gone."""
         try:
-            tokens = task.preprocess.kind == "tokenizer"
-            tokenizer = (run / _TOKENIZER_FILE).read_bytes() if tokens else b""
+            kind = task.preprocess.kind
+            tokenizer = (run / _TOKENIZER_FILE).read_bytes() if kind == "tokenizer" else b""
             model = (run / _GRAPH_FILE).read_bytes()
         except OSError as error:
             raise ConfigError(f"{run} lacks {error.filename}: {error.strerror}", fix="kcm train   makes a run") from error
-        return FixedGraph(model, task.small.logits, len(task.labels), tokenizer, 0 if tokens else task.preprocess.buckets)
+        return FixedGraph(model, task.small.logits, len(task.labels), tokenizer, task.preprocess.buckets if kind == "ngrams" else 0)
 
 
 class Fixed:
@@ -75,20 +81,21 @@ class Fixed:
                 preprocessing doesn't make, has no such output, another number of classes, or a fixed batch or length.
         """
         self.preprocessor, tokenizer = _preprocessor(task)
-        self._path, self._spec = _graph_path(task), task.preprocess
+        self._path, self._spec = graph_path(task), task.preprocess
+        self._names = self.preprocessor.names if tokenizer else _NGRAM_INPUTS
         self._unknown = unknown_id(tokenizer) if tokenizer else None
         model = self._path.read_bytes()
         refuse_external(model, self._path)
         buckets = 0 if tokenizer else task.preprocess.buckets
         self.graph = FixedGraph(model, task.small.logits, len(task.labels), tokenizer, buckets)
-        self._session: Any = _session(model, self._path)
+        self._session: Any = open_session(model, self._path)
         self._types = self._check_signature()
         self._try(task.labels)
 
-    def featurise(self, texts: Sequence[str]) -> Predictions:
-        out = Predictions(np.zeros((len(texts), self.graph.classes), np.float32), *np.zeros((2, len(texts)), np.float32))
-        for rows in like_length(texts, _CHARACTERS * max(self._spec.max_tokens, self._spec.max_words)):
-            inputs = self.preprocessor.batch([texts[row] for row in rows])
+    def featurise(self, payloads: Sequence[Payload]) -> Predictions:
+        out = Predictions(np.zeros((len(payloads), self.graph.classes), np.float32), *np.zeros((2, len(payloads)), np.float32))
+        for rows in like_length(payloads, _CHARACTERS * max(self._spec.max_tokens, self._spec.max_words)):
+            inputs = self.preprocessor.batch([payloads[row] for row in rows])
             out.logits[rows] = self._run(inputs)
             out.length[rows], out.unknown[rows] = self._counts(inputs)
         return out
@@ -109,7 +116,9 @@ class Fixed:
         return features
 
     def _run(self, inputs: Inputs) -> Float32:
-        first = inputs[self.preprocessor.names[0]]
+        if isinstance(self.preprocessor, NgramPreprocessor):
+            inputs = dict(zip(_NGRAM_INPUTS, joined(inputs), strict=True))
+        first = next(iter(inputs.values()))
         feed = {name: inputs.get(name, np.zeros_like(first)).astype(kind) for name, kind in self._types.items()}
         logits: Float32 = self._session.run([self.graph.logits], feed)[0].astype(np.float32)
         return logits
@@ -118,12 +127,12 @@ class Fixed:
         """Length [B] and unknown [B]; a graph on hashed ids has no word that it doesn't know."""
         if self.graph.tokenizer_json:
             return token_counts(inputs, self._unknown)
-        length = ((inputs["ids"] < self.graph.buckets) & (inputs["weights"] > 0)).sum(1).astype(np.float32)
+        length = (inputs["word_weights"] > 0).sum(1).astype(np.float32)
         return length, np.zeros_like(length)
 
     def _check_signature(self) -> dict[str, Any]:
         """The numpy type of each input; raises ConfigError for inputs and outputs that don't fit."""
-        names, outputs = self.preprocessor.names, {node.name: node for node in self._session.get_outputs()}
+        names = self._names
         inputs = {node.name: node.type for node in self._session.get_inputs()}
         allowed = (*names, *ZERO_INPUTS) if self.graph.tokenizer_json else names
         if unknown := sorted(set(inputs) - set(allowed)):
@@ -135,13 +144,7 @@ class Fixed:
             raise ConfigError(f"{self._path} has no input {names[0]!r}, only {', '.join(inputs) or 'none'}")
         if odd := next((name for name, kind in inputs.items() if kind not in _TYPES), None):
             raise ConfigError(f"{self._path}: input {odd!r} is {inputs[odd]}; int64, int32 and float can be fed")
-        logits = self.graph.logits
-        if logits not in outputs:
-            raise ConfigError(
-                f"{self._path} has no output {logits!r}; its outputs are {', '.join(map(repr, outputs))}", fix="set logits under [small]"
-            )
-        if outputs[logits].type not in _LOGIT_TYPES:
-            raise ConfigError(f"{self._path}: output {logits!r} is {outputs[logits].type}, logits are floats")
+        check_logits(self._session, self.graph.logits, self._path)
         return {name: _TYPES[kind] for name, kind in inputs.items()}
 
     def _try(self, labels: tuple[str, ...]) -> None:
@@ -154,19 +157,11 @@ class Fixed:
             raise ConfigError(
                 f"{self._path} can't run on texts of unlike length: {error}", fix="export it with dynamic batch and length (dynamic_axes)"
             ) from error
-        if any(a.ndim != 2 or a.shape[1] != len(labels) for a in alone):
-            shape = list(alone[0].shape)
-            raise ConfigError(
-                f"{self._path}: output {self.graph.logits!r} has shape {shape} for one text, the task has {len(labels)} labels"
-            )
-        bad = [text for text, a in zip(texts, alone, strict=True) if not np.isfinite(a).all()]
-        if bad:
-            raise ConfigError(f"{self._path}: output {self.graph.logits!r} is not finite for the text {bad[0]!r}")
-        apart = float(np.abs(np.concatenate(alone) - together).max()) if together.shape == (len(texts), len(labels)) else np.inf
-        if not apart <= _ALIKE * max(1.0, float(np.abs(together).max())):
+        apart = alike(alone, together, f"{self._path}: output {self.graph.logits!r}", labels, [f"the text {text!r}" for text in texts])
+        if not apart <= ALIKE:
             raise ConfigError(
                 f"{self._path}: a text's logits change by {apart:.2g} when it is padded beside a longer one",
-                fix=f"mask padding by {self.preprocessor.names[1]!r}; dynamic int8, whose scales span a batch, can't pass",
+                fix=f"mask padding by {self._names[1]!r}; dynamic int8, whose scales span a batch, can't pass",
             )
 
 
@@ -181,7 +176,8 @@ def _preprocessor(task: Task) -> tuple[Preprocessor, bytes]:
     return preprocessor, data
 
 
-def _graph_path(task: Task) -> Path:
+def graph_path(task: Task) -> Path:
+    """Raises ConfigError where task.toml names no file, or one that isn't there."""
     if not task.small.path:
         raise ConfigError('[small] kind = "onnx" needs a path', fix='path = "model.onnx", relative to task.toml')
     path = task.path(task.small.path)
@@ -190,7 +186,34 @@ def _graph_path(task: Task) -> Path:
     return path
 
 
-def _session(model: bytes, path: Path) -> Any:
+def check_logits(session: Any, logits: str, path: Path) -> None:
+    """Raises ConfigError where the graph has no such output of floats."""
+    outputs = {node.name: node for node in session.get_outputs()}
+    if logits not in outputs:
+        raise ConfigError(
+            f"{path} has no output {logits!r}; its outputs are {', '.join(map(repr, outputs))}", fix="set logits under [small]"
+        )
+    if outputs[logits].type not in _LOGIT_TYPES:
+        raise ConfigError(f"{path}: output {logits!r} is {outputs[logits].type}, logits are floats")
+
+
+def alike(alone: list[Float32], together: Float32, output: str, labels: tuple[str, ...], samples: list[str]) -> float:
+    """How far what the graph made of each sample alone, [1, C], is from all of them in one batch [N, C], relative to the largest.
+
+    Raises:
+        ConfigError: these aren't logits over the labels, or aren't finite.
+    """
+    if odd := [list(a.shape) for a in alone if a.shape != (1, len(labels))]:
+        raise ConfigError(f"{output} has shape {odd[0]} for one sample, the task has {len(labels)} labels")
+    if bad := [sample for sample, a in zip(samples, alone, strict=True) if not np.isfinite(a).all()]:
+        raise ConfigError(f"{output} is not finite for {bad[0]}")
+    if together.shape != (len(alone), len(labels)):
+        return np.inf
+    return float(np.abs(np.concatenate(alone) - together).max()) / max(1.0, float(np.abs(together).max()))
+
+
+def open_session(model: bytes, path: Path) -> Any:
+    """ONNX Runtime on one thread. Raises ConfigError where it can't load the graph."""
     ort = require("onnxruntime", "cpu")
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1

@@ -56,7 +56,7 @@ def gate(previous: Run, new: Run, kind: Small, gold: Split | None, large: Float3
     tolerance = new.task.distill.gate_tolerance
     figures: dict[str, Any] = {}
     if gold is not None:
-        features = kind.featurise(gold.texts)
+        features = kind.featurise(gold.payloads)
         predictions = [kind.predict(run.small, features) for run in (previous, new)]
         right = [p.logits.argmax(1) == gold.y for p in predictions]
         figures["gold"] = compare(*right)

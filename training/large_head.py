@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,23 +55,25 @@ def save_large(folder: Path, task: Task, head: Head | None) -> str:
     """Write large.json (and head.safetensors) as cloud_server reads it; returns the large model's id."""
     from safetensors.numpy import save
 
-    folder.mkdir(parents=True, exist_ok=True)
-    description: dict[str, Any] = {
-        "schema": 1,
+    more = {
         "kind": task.large.kind,
         "model": task.large.model if task.large.model in MODELS else str(task.path(task.large.model).resolve()),
-        "labels": list(task.labels),
-        "task_id": task.id,
         "max_tokens": task.large.max_tokens,
         "hint_dropout": task.large.hint_dropout,
         "temperature": 1.0,
         "prompt": msgspec.to_builtins(task.prompt),
     }
-    digest = hashlib.sha256(msgspec.json.encode(description, order="deterministic"))
-    if head is not None:
-        data = save({"weight": head.weight, "bias": head.bias})
-        (folder / "head.safetensors").write_bytes(data)
+    return write_large(folder, task, more, {} if head is None else {"head.safetensors": save({"weight": head.weight, "bias": head.bias})})
+
+
+def write_large(folder: Path, task: Task, description: Mapping[str, Any], files: Mapping[str, bytes]) -> str:
+    """large.json, and the files that it stands on before it; returns the id: a hash of all of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    whole: dict[str, Any] = {"schema": 1, "labels": list(task.labels), "task_id": task.id, **description}
+    digest = hashlib.sha256(msgspec.json.encode(whole, order="deterministic"))
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
         digest.update(data)
-    description["large_id"] = digest.hexdigest()[:12]
-    (folder / "large.json").write_bytes(msgspec.json.format(msgspec.json.encode(description), indent=1))
-    return str(description["large_id"])
+    whole["large_id"] = digest.hexdigest()[:12]
+    (folder / "large.json").write_bytes(msgspec.json.format(msgspec.json.encode(whole), indent=1))
+    return str(whole["large_id"])

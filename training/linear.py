@@ -25,6 +25,7 @@ def fit_softmax(
     *,
     reverse: NDArray[np.bool_] | None = None,
     l2: float = _L2,
+    shift: Float32 | None = None,
 ) -> tuple[Float32, Float32]:
     """min_W Σ_i w_i CE(targets_i, q_i) + l2/2 |W|² with q_i = softmax(x_i W), by L-BFGS in float32.
 
@@ -33,6 +34,7 @@ def fit_softmax(
     Args:
         sparse_x: [N, R] or None. dense_x: [N, D] or None. targets: [N, C], rows sum to one. sample_weights: [N].
         reverse: rows [N] that count by KL(q_i ‖ targets_i) instead, the direction of arXiv 2510.20278; no longer convex.
+        shift: [N, C], added to the logits while fitting, as a balanced softmax does.
 
     Returns:
         The rows of W for the sparse features [R, C] and for the dense ones [D, C]; [1, C] zeros where a block is None.
@@ -46,6 +48,7 @@ def fit_softmax(
     log_t = t.clamp(min=_FLOOR).log()
     turned = torch.from_numpy(np.zeros(len(targets), bool) if reverse is None else reverse).unsqueeze(1)
     any_turned = bool(turned.any())
+    base = torch.zeros(len(t), classes) if shift is None else torch.from_numpy(shift)
     weight = torch.zeros(sum(sizes), classes, requires_grad=True)
     solver = torch.optim.LBFGS(
         [weight],
@@ -60,7 +63,7 @@ def fit_softmax(
         # By hand: autograd through a sparse product would build the dense gradient twice.
         with torch.no_grad():
             parts = torch.split(weight, sizes)
-            logits = sum((x @ part for (x, _), part in zip(blocks, parts, strict=True)), torch.zeros(len(t), classes))
+            logits = sum((x @ part for (x, _), part in zip(blocks, parts, strict=True)), base)
             log_p = torch.log_softmax(logits, 1)
             q = log_p.exp()
             losses, residual = -(t * log_p), q - t

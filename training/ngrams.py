@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sparse
@@ -20,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kcm.preprocess import GRAMS, GROUPS, PAIRS, WORDS, NgramPreprocessor
+from kcm.preprocess import GRAMS, GROUPS, PAIRS, WORDS, Inputs, NgramPreprocessor
 from training.linear import fit_softmax
 
 Float32 = NDArray[np.float32]
@@ -57,7 +58,7 @@ def distil_words(words: Sequence[str], embed: Callable[[list[str]], Float32], pr
 
 
 class NgramModel(nn.Module):
-    """ids [B, L], weights [B, L] → logits [B, C], length [B] (distinct words), unknown [B] (share of them in no table)."""
+    """ids [B, L], weights [B, L] (`joined`) → logits [B, C], length [B] (distinct words), unknown [B] (share of them in no table)."""
 
     row: Tensor  # int32 [3 · buckets] → row of idf and table; 0: unseen
     idf: Tensor  # [R + 1, 3], in the column of the row's group
@@ -96,12 +97,18 @@ def _unit(x: Tensor) -> Tensor:
     return x / ((x * x).sum(1, keepdim=True).sqrt() + TINY)
 
 
+def joined(inputs: Inputs) -> tuple[NDArray[np.int32], Float32]:
+    """The device's inputs [B, W] and [B, L] as ids and weights [B, W + L], words first; what pads the words stays between."""
+    ids, weights, words, word_weights = (inputs[name] for name in NgramPreprocessor.names)
+    return np.concatenate([words, ids], 1), np.concatenate([word_weights, weights], 1)
+
+
 def encode(texts: Sequence[str], preprocessor: NgramPreprocessor) -> sparse.csr_matrix:
     """Texts → [N, 3 · buckets] sparse weights: the same ids and weights that the device feeds the graph."""
     rows = [preprocessor.encode(text) for text in texts]
-    indptr = np.concatenate([[0], np.cumsum([len(ids) for ids, _ in rows])])
-    ids = np.concatenate([ids for ids, _ in rows]) if rows else np.zeros(0, np.int32)
-    weights = np.concatenate([w for _, w in rows]) if rows else np.zeros(0, np.float32)
+    indptr = np.concatenate([[0], np.cumsum([len(row.words) + len(row.ids) for row in rows])])
+    ids = np.concatenate([part for row in rows for part in (row.words, row.ids)]) if rows else np.zeros(0, np.int32)
+    weights = np.concatenate([part for row in rows for part in (row.word_weights, row.weights)]) if rows else np.zeros(0, np.float32)
     buckets = preprocessor.buckets
     return sparse.csr_matrix((weights, ids, indptr), (len(rows), GROUPS * buckets))
 
@@ -130,22 +137,39 @@ def fit_ngrams(
     row = np.zeros(x.shape[1], np.int32)
     row[kept] = np.arange(1, len(kept) + 1)
 
-    arrays: dict[str, NDArray[np.generic]] = {"row": row, "idf": idf, "share": share, **_vector_arrays(x, vectors, buckets)}
+    means = mean_vectors(x, vectors) if vectors else None
+    arrays: dict[str, NDArray[np.generic]] = {"row": row, "idf": idf, "share": share}
+    arrays |= means.arrays if means else _vector_arrays(x, None, buckets)
     features = _sparse_features(x, kept, idf[1:].sum(1), group[kept], share)
-    dense = None
-    if vectors:
-        bag = x[:, :buckets] @ arrays["vectors"][arrays["vector_row"]]
-        mean = bag / (np.linalg.norm(bag, axis=1, keepdims=True) + TINY)
-        arrays["centre"] = mean.mean(0).astype(np.float32)
-        mean = mean - arrays["centre"]
-        dense = mean / (np.linalg.norm(mean, axis=1, keepdims=True) + TINY) * np.float32(np.sqrt(vector_share / total))
+    dense = means.dense * np.float32(np.sqrt(vector_share / total)) if means else None
     weight, dense_weight = fit_softmax(features, dense, targets, sample_weights, reverse=reverse)
     arrays["table"] = np.concatenate([np.zeros((1, targets.shape[1]), np.float32), weight])
     arrays["dense"] = dense_weight * np.float32(np.sqrt(vector_share / total))
     return NgramModel(arrays)
 
 
-def _vector_arrays(x: sparse.csr_matrix, vectors: WordVectors | None, buckets: int) -> dict[str, NDArray[np.generic]]:
+class MeanVectors(NamedTuple):
+    """What `dense` of an NgramModel multiplies for N texts [N, D], and the model's arrays that make it."""
+
+    dense: Float32
+    arrays: dict[str, NDArray[np.generic]]
+
+
+def mean_vectors(x: sparse.csr_matrix, vectors: WordVectors, sif: float = _SIF) -> MeanVectors:
+    """Of encoded texts [N, 3 · buckets]: the mean of each one's word vectors, unit length, centred, unit length.
+
+    `sif` is the frequency at which a word counts half.
+    """
+    buckets = x.shape[1] // GROUPS
+    arrays = _vector_arrays(x, vectors, buckets, sif)
+    bag = x[:, :buckets] @ arrays["vectors"][arrays["vector_row"]]
+    mean = bag / (np.linalg.norm(bag, axis=1, keepdims=True) + TINY)
+    arrays["centre"] = mean.mean(0).astype(np.float32)
+    mean = mean - arrays["centre"]
+    return MeanVectors(mean / (np.linalg.norm(mean, axis=1, keepdims=True) + TINY), arrays)
+
+
+def _vector_arrays(x: sparse.csr_matrix, vectors: WordVectors | None, buckets: int, sif: float = _SIF) -> dict[str, NDArray[np.generic]]:
     """vector_row, vectors with the SIF weight folded in, and a centre still to be set."""
     vector_row = np.zeros(buckets, np.int32)
     if vectors is None:
@@ -153,7 +177,7 @@ def _vector_arrays(x: sparse.csr_matrix, vectors: WordVectors | None, buckets: i
     words = x[:, :buckets]
     frequency = np.bincount(words.indices, weights=words.data, minlength=buckets)
     frequency = frequency / max(frequency.sum(), 1)
-    scaled = vectors.vectors * (_SIF / (_SIF + frequency[vectors.ids]))[:, None].astype(np.float32)
+    scaled = vectors.vectors * (sif / (sif + frequency[vectors.ids]))[:, None].astype(np.float32)
     vector_row[vectors.ids] = np.arange(1, len(vectors.ids) + 1)
     zero = np.zeros((1, scaled.shape[1]), np.float32)
     return {"vector_row": vector_row, "vectors": np.concatenate([zero, scaled]), "centre": np.zeros(scaled.shape[1], np.float32)}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kcm.sample import Payload
 from kcm.task import Task, with_method
 from training.calibrate import fixed
 from training.data import Split
@@ -26,7 +27,7 @@ Progress = Callable[[str], None]
 def labelled_examples(task: Task, kind: Small, train: Split) -> Examples:
     """The task's own labels as examples."""
     ones = np.ones(len(train), np.float32)
-    return Examples(kind.featurise(train.texts), one_hot(train.y, len(task.labels)), ones, ones > 0, ones < 0)
+    return Examples(kind.featurise(train.payloads), one_hot(train.y, len(task.labels)), ones, ones > 0, ones < 0)
 
 
 def train_run(task: Task, kind: Small, train: Split, test: Split | None, *, seed: int, progress: Progress) -> Run:
@@ -34,7 +35,7 @@ def train_run(task: Task, kind: Small, train: Split, test: Split | None, *, seed
     examples = labelled_examples(task, kind, train)
     fitted = fit(task, kind, examples, seed=seed, progress=progress)
     info = run_info(task, round_=0, parent="", teacher_id="", seed=seed, temperature=fitted.temperature)
-    return _run(info, fitted, kind, train.texts, examples, test)
+    return _run(info, fitted, kind, train.payloads, examples, test)
 
 
 def distil_run(
@@ -42,7 +43,7 @@ def distil_run(
     kind: Small,
     train: Split,
     test: Split | None,
-    texts: list[str],
+    payloads: Sequence[Payload],
     logits: Float32,
     *,
     parent: str,
@@ -53,12 +54,12 @@ def distil_run(
     p_escalate: Float32 | None = None,
     method: str = "",
 ) -> Run:
-    """The next round: labels, the large model's logits [M, C] for `texts`, and the judge's confidence.
+    """The next round: labels, the large model's logits [M, C] for `payloads`, and the judge's confidence.
 
     Args:
         parent: id of the bundle whose devices sent the samples.
         gauge: the large model's logits [K, C] for labelled samples and their labels [K], to calibrate an "auto" ε_l by.
-        p_escalate: [M], with which probability each of `texts` was sent.
+        p_escalate: [M], with which probability each of `payloads` was sent.
         method: distil by this one (kcm.task.METHODS) instead of the previous run's.
 
     The new run's metrics hold "forgetting": how its accuracy on the labels of round 0 compares with the previous run's.
@@ -69,7 +70,7 @@ def distil_run(
     task = with_method(previous.task, method) if method else previous.task
     spec = task.distill
     labelled = labelled_examples(task, kind, train)
-    progress(f"{len(texts)} teacher rows, {len(train)} labels")
+    progress(f"{len(payloads)} teacher rows, {len(train)} labels")
     # The labelled rows come first in every run, so these are their out-of-fold predictions.
     own = previous.out_of_fold.take(np.arange(len(train)))
     if gauge is not None:
@@ -78,16 +79,16 @@ def distil_run(
     if judge.spec.kind != task.judge.kind:
         judge = fit_judge(task.judge, previous.out_of_fold, previous.targets, previous.info.seed)
     drawn = (seed, previous.info.round + 1)
-    features = kind.featurise(texts)
+    features = kind.featurise(payloads)
     examples, passed, used = round_examples(kind, labelled, own, judge, features, logits, spec, p_escalate=p_escalate, seed=drawn)
     progress(f"{passed:.1%} of them above ε_l = {0.0 if spec.teacher_epsilon == 'auto' else spec.teacher_epsilon:.3f}")
     fitted = fit(task, kind, examples, seed=seed, progress=progress)
     info = run_info(task, round_=previous.info.round + 1, parent=parent, teacher_id=teacher_id, seed=seed, temperature=fitted.temperature)
-    tested = kind.featurise(test.texts) if test is not None else None
-    run = _run(info, fitted, kind, train.texts + [texts[i] for i in used], examples, test, tested)
+    tested = kind.featurise(test.payloads) if test is not None else None
+    run = _run(info, fitted, kind, [*train.payloads, *(payloads[i] for i in used)], examples, test, tested)
     run.metrics["forgetting"] = _forgotten(previous, run, kind, train, test, tested)
     run.metrics["method"] = spec.method
-    run.metrics["teacher_rows"] = len(texts)
+    run.metrics["teacher_rows"] = len(payloads)
     run.metrics["teacher_rows_used"] = passed
     run.metrics["teacher_epsilon"] = 0.0 if spec.teacher_epsilon == "auto" else spec.teacher_epsilon
     return run
@@ -103,14 +104,16 @@ def _forgotten(previous: Run, new: Run, kind: Small, train: Split, test: Split |
     return found
 
 
-def _run(info: Any, fitted: Fitted, kind: Small, texts: list[str], examples: Examples, test: Split | None, tested: Any = None) -> Run:
+def _run(
+    info: Any, fitted: Fitted, kind: Small, payloads: Sequence[Payload], examples: Examples, test: Split | None, tested: Any = None
+) -> Run:
     confidence = fitted.judge.confidence(fitted.out_of_fold)
     return Run(
         info=info,
         small=fitted.small,
         judge=fitted.judge,
         out_of_fold=fitted.out_of_fold,
-        texts=texts,
+        payloads=payloads,
         targets=examples.targets,
         weights=examples.weights,
         labelled=examples.labelled,
@@ -127,7 +130,7 @@ def measure(task: Task, fitted: Fitted, kind: Small, examples: Examples, test: S
     own = fitted.out_of_fold.take(np.flatnonzero(examples.labelled))
     splits = {"out_of_fold": (own, examples.targets[examples.labelled].argmax(1))}
     if test is not None:
-        splits["test"] = (kind.predict(fitted.small, kind.featurise(test.texts) if tested is None else tested), test.y)
+        splits["test"] = (kind.predict(fitted.small, kind.featurise(test.payloads) if tested is None else tested), test.y)
     metrics: dict[str, Any] = {}
     for name, (predictions, labels) in splits.items():
         right = predictions.logits.argmax(1) == labels

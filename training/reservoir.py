@@ -7,11 +7,13 @@ Source: Cohen and Kaplan, Summarizing data using bottom-k sketches (2007).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kcm.sample import Payload
 from kcm.task import DistillSpec
 
 Float32 = NDArray[np.float32]
@@ -28,23 +30,23 @@ class Rows:
     The priority is the draw in [0, 1) for an explored row, and 1 more for any other.
     """
 
-    texts: list[str]
+    payloads: Sequence[Payload]
     logits: Float32
     p_escalate: Float32
     edges: Index
     priority: NDArray[np.float64]
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.payloads)
 
     def take(self, index: Index) -> Rows:
-        arrays = (getattr(self, field.name)[index] for field in fields(self) if field.name != "texts")
-        return Rows([self.texts[i] for i in index], *arrays)
+        arrays = (getattr(self, field.name)[index] for field in fields(self) if field.name != "payloads")
+        return Rows([self.payloads[i] for i in index], *arrays)
 
     @staticmethod
     def join(parts: list[Rows]) -> Rows:
-        arrays = (np.concatenate([getattr(p, field.name) for p in parts]) for field in fields(Rows) if field.name != "texts")
-        return Rows([text for part in parts for text in part.texts], *arrays)
+        arrays = (np.concatenate([getattr(p, field.name) for p in parts]) for field in fields(Rows) if field.name != "payloads")
+        return Rows([text for part in parts for text in part.payloads], *arrays)
 
     @staticmethod
     def none(classes: int) -> Rows:

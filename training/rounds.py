@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from kcm.errors import DataError
 from kcm.policy import epsilon_for_rate
+from kcm.sample import Payload
 from kcm.task import Task
 from training.data import Split
 from training.distil import gauged, round_examples
@@ -24,7 +25,7 @@ from training.small import Examples, Small
 Float32 = NDArray[np.float32]
 Index = NDArray[np.int64]
 Mask = NDArray[np.bool_]
-Teacher = Callable[[list[str]], Float32]  # texts → logits [N, C], without a hint
+Teacher = Callable[[Sequence[Payload]], Float32]  # samples → logits [N, C], without a hint
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ class Loop:
         n, classes = len(train), len(task.labels)
         self._task, self._kind, self._teacher, self._seed = task, kind, teacher, seed
         self._stream = stream
-        self._features = kind.featurise(stream.texts) if features is None else features
+        self._features = kind.featurise(stream.payloads) if features is None else features
         ones = np.ones(n, np.float32)
-        self._labelled = Examples(kind.featurise(train.texts), one_hot(train.y, classes), ones, ones > 0, ones < 0)
+        self._labelled = Examples(kind.featurise(train.payloads), one_hot(train.y, classes), ones, ones > 0, ones < 0)
         self._logits = np.zeros((0, classes), np.float32)
         self._p_escalate = np.zeros(0, np.float32)
         self._explored = np.zeros(0, bool)
@@ -65,7 +66,7 @@ class Loop:
         self.fitted = fit(task, kind, self._labelled, seed=seed)
         small_accuracy = float((self.fitted.out_of_fold.logits.argmax(1) == train.y).mean())
         asked = task.distill.teacher_epsilon == "auto"
-        self.spec = gauged(task.distill, teacher(train.texts), train.y, small_accuracy) if asked else task.distill
+        self.spec = gauged(task.distill, teacher(train.payloads), train.y, small_accuracy) if asked else task.distill
 
     def predict(self, index: Index) -> Predictions:
         """The current small model's predictions for stream samples [N]."""
@@ -74,7 +75,7 @@ class Loop:
     def advance(self, chunk: Index, reserve: Index, share: float) -> None:
         """Ask about at most `share` of a chunk, then refit on labels and on the teacher logits so far, within the caps."""
         chosen, p_escalate, explored = self._escalate(chunk, reserve, share)
-        logits = self._teacher([self._stream.texts[i] for i in chosen]) if len(chosen) else self._logits[:0]
+        logits = self._teacher([self._stream.payloads[i] for i in chosen]) if len(chosen) else self._logits[:0]
         self.escalated = np.concatenate([self.escalated, chosen])
         self._logits = np.concatenate([self._logits, logits])
         self._p_escalate = np.concatenate([self._p_escalate, p_escalate])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from kcm.calibration import Threshold
 from kcm.errors import ConfigError
+from kcm.sample import Payload
 from kcm.task import Task
 from training.encoder import EncoderHead
 from training.fixed import FixedGraph
@@ -28,6 +30,7 @@ from training.heads import OutcomeHead
 from training.judge import Judge, Predictions
 from training.ngrams import NgramModel
 from training.select import Router, Taught
+from training.vision.kind import VisionModel
 
 Float32 = NDArray[np.float32]
 SCHEMA = 1
@@ -48,12 +51,30 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     temperature: float
 
 
-class _Row(msgspec.Struct, frozen=True, kw_only=True):
-    """A line of answered.jsonl: ids of the true label and of the large model's answer."""
+class _Sample(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A line of examples.jsonl: a text, or an image file as base64."""
 
-    text: str
+    text: str | None = None
+    image: bytes | None = None
+
+    @property
+    def payload(self) -> Payload:
+        """Raises ValueError where the line holds neither."""
+        found = self.text if self.text is not None else self.image
+        if found is None:
+            raise ValueError("a sample without text or image")
+        return found
+
+
+class _Row(_Sample, frozen=True, kw_only=True):
+    """A line of answered.jsonl: with ids of the true label and of the large model's answer."""
+
     label: int
     large: int
+
+
+def _field(payload: Payload) -> dict[str, Any]:
+    return {"text" if isinstance(payload, str) else "image": payload}
 
 
 @dataclass(frozen=True)
@@ -63,14 +84,16 @@ class Answered:
     Kept for what computes other scores of them: the run in another precision.
     """
 
-    texts: list[str]
+    payloads: Sequence[Payload]
     labels: NDArray[np.int64]
     large: NDArray[np.int64]
 
     def save(self, file: Path) -> None:
-        rows = zip(self.texts, self.labels.tolist(), self.large.tolist(), strict=True)
+        rows = zip(self.payloads, self.labels.tolist(), self.large.tolist(), strict=True)
         building = file.with_name(f".{file.name}.building")
-        building.write_bytes(msgspec.json.Encoder().encode_lines(_Row(text=text, label=label, large=large) for text, label, large in rows))
+        building.write_bytes(
+            msgspec.json.Encoder().encode_lines(_Row(**_field(payload), label=label, large=large) for payload, label, large in rows)
+        )
         building.replace(file)
 
     @staticmethod
@@ -79,12 +102,12 @@ class Answered:
         if not file.exists():
             return None
         rows = msgspec.json.Decoder(_Row).decode_lines(file.read_bytes())
-        return Answered([r.text for r in rows], np.array([r.label for r in rows], np.int64), np.array([r.large for r in rows], np.int64))
+        return Answered([r.payload for r in rows], np.array([r.label for r in rows], np.int64), np.array([r.large for r in rows], np.int64))
 
 
 @dataclass(frozen=True)
 class Run:
-    """`texts` [N] with `targets` [N, C], `weights` [N] and `labelled` [N] are what it was fitted on, the labelled ones first.
+    """`payloads` [N] with `targets` [N, C], `weights` [N] and `labelled` [N] are what it was fitted on, the labelled ones first.
 
     The next round reads its labels from the task and its answers from the store; of these it needs the out-of-fold predictions.
     """
@@ -93,7 +116,7 @@ class Run:
     small: Any
     judge: Judge
     out_of_fold: Predictions
-    texts: list[str]
+    payloads: Sequence[Payload]
     targets: Float32
     weights: Float32
     labelled: NDArray[np.bool_]
@@ -149,8 +172,7 @@ def save_run(folder: Path, run: Run) -> None:
     p = run.out_of_fold
     arrays = {"logits": p.logits, "length": p.length, "unknown": p.unknown, "targets": run.targets, "weights": run.weights}
     save_file({**arrays, "labelled": run.labelled.astype(np.uint8)}, folder / "predictions.safetensors")
-    with (folder / "examples.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in run.texts)
+    (folder / "examples.jsonl").write_bytes(msgspec.json.Encoder().encode_lines(_Sample(**_field(payload)) for payload in run.payloads))
     (folder / "metrics.json").write_text(json.dumps({"schema": SCHEMA, **run.metrics}, indent=1))
     save_calibrated(folder, run)
     (folder / "run.json").write_bytes(msgspec.json.format(msgspec.json.encode(run.info), indent=1))
@@ -195,19 +217,19 @@ def load_run(folder: Path) -> Run:
         judge = Judge(info.task.judge, len(info.task.labels))
         judge.load_state_dict({name: torch.from_numpy(array) for name, array in load_file(folder / "judge.safetensors").items()})
         arrays = load_file(folder / "predictions.safetensors")
-        texts = [json.loads(line)["text"] for line in (folder / "examples.jsonl").read_text(encoding="utf-8").split("\n") if line]
+        payloads = [row.payload for row in msgspec.json.Decoder(_Sample).decode_lines((folder / "examples.jsonl").read_bytes())]
         metrics = json.loads((folder / "metrics.json").read_text())
         small = load_small(folder, info.task)
         head = _load_head(folder, info.task, threshold)
         answered = Answered.load(folder / ANSWERED)
-    except (OSError, KeyError, msgspec.DecodeError, json.JSONDecodeError, RuntimeError, SafetensorError) as error:
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{folder} can't be read as a run: {error}") from error
     return Run(
         info=info,
         small=small,
         judge=judge.eval(),
         out_of_fold=Predictions(arrays["logits"], arrays["length"], arrays["unknown"]),
-        texts=texts,
+        payloads=payloads,
         targets=arrays["targets"],
         weights=arrays["weights"],
         labelled=arrays["labelled"].astype(bool),
@@ -238,7 +260,7 @@ def save_small(folder: Path, small: Any) -> None:
         small.save(folder)
 
 
-def load_small(folder: Path, task: Task) -> NgramModel | EncoderHead | FixedGraph:
+def load_small(folder: Path, task: Task) -> NgramModel | EncoderHead | FixedGraph | VisionModel:
     """Raises ConfigError where the encoder below a head has changed, or a file is gone."""
     from safetensors.numpy import load_file
 
@@ -246,6 +268,12 @@ def load_small(folder: Path, task: Task) -> NgramModel | EncoderHead | FixedGrap
         return EncoderHead.load(folder, task)
     if task.small.kind == "onnx":
         return FixedGraph.load(folder, task)
+    if task.small.kind in ("resnet", "efficientnet-lite"):
+        return VisionModel.load(folder, task)
+    if task.small.kind == "dual" and task.modality == "image":
+        from training.retrieval.image_query import load_dual_images
+
+        return load_dual_images(folder, task)
     return NgramModel(load_file(folder / "small.safetensors"))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,12 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kcm.policy import epsilon_for_rate
+from kcm.preprocess import as_text
+from kcm.sample import Payload
 from kcm.task import Task, with_method
 from training.data import Split
 from training.evaluate import RATES, Routed, auroc, curve, paired_interval, route
 from training.floor import TfidfLinear
 from training.groups import by_group, frequency_groups
 from training.judge import Predictions, max_softmax
+from training.retrieval.recall import rank_of_truth, recall
 from training.rounds import Loop, Stream, Teacher
 from training.select import Selection, choose
 from training.small import Small
@@ -49,16 +52,16 @@ class Setting:
     floor: bool = True
     frequency: NDArray[np.int64] | None = None
     selection: Split | None = None
-    outside: tuple[str, ...] = ()
+    outside: tuple[Payload, ...] = ()
 
     @cached_property
     def stream_features(self) -> Any:
         """Made once for all seeds and methods."""
-        return self.kind.featurise(self.stream.texts)
+        return self.kind.featurise(self.stream.payloads)
 
     @cached_property
     def test_features(self) -> Any:
-        return self.kind.featurise(self.test.texts)
+        return self.kind.featurise(self.test.payloads)
 
     @cached_property
     def outside_features(self) -> Any:
@@ -66,13 +69,13 @@ class Setting:
 
     @cached_property
     def selection_features(self) -> Any:
-        return self.kind.featurise(self.selection.texts) if self.selection else None
+        return self.kind.featurise(self.selection.payloads) if self.selection else None
 
     def selected(self, small: Any) -> Selection | None:
         """The selection samples as a small model and the large one answer them."""
         if self.selection is None:
             return None
-        return Selection(self.kind.predict(small, self.selection_features), self.teacher(self.selection.texts), self.selection.y)
+        return Selection(self.kind.predict(small, self.selection_features), self.teacher(self.selection.payloads), self.selection.y)
 
     @cached_property
     def class_frequency(self) -> NDArray[np.int64]:
@@ -166,6 +169,11 @@ def _measure(
         "curve": points,
         "groups": _groups(setting, {"small": small_right, "kcm": curves["kcm"][GROUPED_AT].right, "large": large_right}),
     }
+    if setting.task.gallery.file:
+        truth = setting.test.y
+        places = (rank_of_truth(predictions.logits, truth), rank_of_truth(setting.large_test, truth))
+        routed = {name: scores[name] for name in ("kcm", "twin", "confidence", "max_softmax")}
+        row["recall"] = recall({name: (score(reserve), score(predictions)) for name, score in routed.items()}, *places, GROUPED_AT)
     if setting.outside:
         outside = setting.kind.predict(fitted.small, setting.outside_features)
         inside = np.arange(len(predictions) + len(outside)) < len(predictions)
@@ -190,26 +198,29 @@ class _Floor:
 
     def __init__(self, setting: Setting, stream: Stream) -> None:
         self._setting, self._reserve = setting, stream.reserve
-        self._texts, self._labels = list(setting.train.texts), setting.train.y
+        self._payloads, self._labels = list(setting.train.payloads), setting.train.y
         self._fit()
 
     def _fit(self) -> None:
-        self._model = TfidfLinear(self._texts, self._labels, len(self._setting.task.labels))
+        self._model = TfidfLinear([as_text(payload) for payload in self._payloads], self._labels, len(self._setting.task.labels))
+
+    def _probabilities(self, payloads: Sequence[Payload]) -> Float32:
+        return self._model.probabilities([as_text(payload) for payload in payloads])
 
     def _confidence(self, index: NDArray[np.int64]) -> Float32:
-        confidence: Float32 = self._model.probabilities([self._setting.stream.texts[i] for i in index]).max(1)
+        confidence: Float32 = self._probabilities([self._setting.stream.payloads[i] for i in index]).max(1)
         return confidence
 
     def advance(self, chunk: NDArray[np.int64]) -> None:
         epsilon = epsilon_for_rate(self._confidence(self._reserve), self._setting.share)
         chosen = chunk[self._confidence(chunk) <= epsilon][: int(self._setting.share * len(chunk))]
-        texts = [self._setting.stream.texts[i] for i in chosen]
-        self._texts += texts
-        self._labels = np.concatenate([self._labels, self._setting.teacher(texts).argmax(1)])
+        asked = [self._setting.stream.payloads[i] for i in chosen]
+        self._payloads += asked
+        self._labels = np.concatenate([self._labels, self._setting.teacher(asked).argmax(1)])
         self._fit()
 
     def measure(self, large_right: NDArray[np.bool_]) -> tuple[dict[str, Any], dict[float, Routed]]:
-        p = self._model.probabilities(self._setting.test.texts)
+        p = self._probabilities(self._setting.test.payloads)
         small_right = p.argmax(1) == self._setting.test.y
         points = curve(self._confidence(self._reserve), p.max(1), small_right, large_right)
         row = {str(rate): {"accuracy": point.accuracy, "realised_rate": point.cloud_rate} for rate, point in points.items()}

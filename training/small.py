@@ -12,7 +12,8 @@ import scipy.sparse as sparse
 import torch
 from numpy.typing import NDArray
 
-from kcm.preprocess import NgramPreprocessor
+from kcm.preprocess import NgramPreprocessor, as_text
+from kcm.sample import Payload
 from kcm.task import Task
 from training.judge import Predictions
 from training.ngrams import NgramModel, WordVectors, encode, fit_ngrams
@@ -26,7 +27,7 @@ _CELLS = 2_000_000  # ids × classes that one prediction batch may gather: about
 
 @dataclass(frozen=True)
 class Examples:
-    """N training texts as features, with soft targets [N, C], weights [N], and which carry a true label [N].
+    """N training samples as features, with soft targets [N, C], weights [N], and which carry a true label [N].
 
     `reverse` [N] marks rows whose loss is KL(F_s ‖ target), the seed's direction.
     """
@@ -42,9 +43,9 @@ class Examples:
 
 
 class Small(Protocol):
-    """A kind of small model. Features are opaque: made once per text, then sliced and joined for folds and rounds."""
+    """A kind of small model. Features are opaque: made once per sample, then sliced and joined for folds and rounds."""
 
-    def featurise(self, texts: Sequence[str]) -> Any: ...
+    def featurise(self, payloads: Sequence[Payload]) -> Any: ...
 
     def take(self, features: Any, index: Index) -> Any: ...
 
@@ -77,8 +78,8 @@ class Ngrams:
     def _vectors(self) -> WordVectors | None:
         return self._make_vectors() if self._make_vectors else None
 
-    def featurise(self, texts: Sequence[str]) -> sparse.csr_matrix:
-        return encode(texts, self.preprocessor)
+    def featurise(self, payloads: Sequence[Payload]) -> sparse.csr_matrix:
+        return encode([as_text(payload) for payload in payloads], self.preprocessor)
 
     def take(self, features: sparse.csr_matrix, index: Index) -> sparse.csr_matrix:
         return features[index]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kcm.errors import StoreError, require
 from kcm.policy import draw
-from kcm.sample import Purpose
+from kcm.sample import Payload, Purpose
 from kcm.task import Task
 from kcm.teacher import COLUMNS
 from training.reserve import reserved
@@ -25,7 +25,7 @@ Float32 = NDArray[np.float32]
 
 _BATCH = 1024  # rows decoded at a time: a text may be a document
 _ABOUT = ("edge_id", "sample_id", "task_id", "label_space", "teacher_id", "purpose", "p_escalate")
-_COLUMNS = (*_ABOUT, "text", "teacher_logits")
+_COLUMNS = (*_ABOUT, "text", "image", "teacher_logits")
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Lessons:
     `stored` rows of this task and teacher were there; some are reserved, held back, or above a cap.
     """
 
-    texts: list[str]
+    payloads: Sequence[Payload]
     logits: Float32
     p_escalate: Float32
     teacher_id: str
     stored: int
 
 
-def read_lessons(store: Path, task: Task, teacher_id: str = "", held_back: Collection[str] = (), *, seed: int = 0) -> Lessons:
+def read_lessons(store: Path, task: Task, teacher_id: str = "", held_back: Collection[Payload] = (), *, seed: int = 0) -> Lessons:
     """What a round may learn from this store: rows of this task's label space, at most [distill] max_rows, per_class and per_edge.
 
     Left out: what is reserved for calibration (training/reserve.py) where the task has a stream to read it from.
@@ -63,13 +63,13 @@ def read_lessons(store: Path, task: Task, teacher_id: str = "", held_back: Colle
             for batch in _batches(part):
                 found.add(batch)
     rows = found.reservoir.rows()
-    if not rows.texts:
+    if not rows.payloads:
         holds, fix = found.instead()
         raise StoreError(f"{store} holds nothing to learn from for task {task.id} with labels {task.label_space}; {holds}", fix=fix)
     teachers = sorted(found.teachers)
     if len(teachers) > 1:
         raise StoreError(f"{store} holds rows of {len(teachers)} teachers: {', '.join(teachers)}", fix="choose one with --teacher")
-    return Lessons(rows.texts, rows.logits, rows.p_escalate, teachers[0], found.stored)
+    return Lessons(rows.payloads, rows.logits, rows.p_escalate, teachers[0], found.stored)
 
 
 def parts_of(store: Path) -> list[Path]:
@@ -94,7 +94,7 @@ def counted(rows: Mapping[str, int]) -> str:
 class _Found:
     """What was read so far: the rows that stay, and what else the store was seen to hold."""
 
-    def __init__(self, store: Path, task: Task, teacher_id: str, held_back: Collection[str], seed: int) -> None:
+    def __init__(self, store: Path, task: Task, teacher_id: str, held_back: Collection[Payload], seed: int) -> None:
         self._store, self._task, self._teacher_id, self._held_back, self._seed = store, task, teacher_id, held_back, seed
         self.reservoir = Reservoir(task.distill, len(task.labels))
         self.teachers: set[str] = set()
@@ -131,8 +131,9 @@ class _Found:
         priority = np.array([self._priority(about, i) for i in index], np.float64)
         near = np.flatnonzero(priority < self.reservoir.highest)
         index, priority = [index[i] for i in near], priority[near]
-        texts = batch.column("text").take(pyarrow.array(index, pyarrow.int64())).to_pylist()
-        learnable = [i for i, text in enumerate(texts) if self._learnable(text)]
+        texts, images = (batch.column(name).take(pyarrow.array(index, pyarrow.int64())).to_pylist() for name in ("text", "image"))
+        payloads = [image if text is None else text for text, image in zip(texts, images, strict=True)]
+        learnable = [i for i, payload in enumerate(payloads) if self._learnable(payload)]
         index = [index[i] for i in learnable]
         self.teachers.update(about["teacher_id"][i] for i in index)
         lists = batch.column("teacher_logits").take(pyarrow.array(index, pyarrow.int64()))
@@ -141,7 +142,7 @@ class _Found:
             raise StoreError(f"{self._store}: a row has {size} logits, the task {classes} labels")
         self.reservoir.add(
             Rows(
-                [texts[i] for i in learnable],
+                [payloads[i] for i in learnable],
                 lists.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(index), classes),
                 np.array([about["p_escalate"][i] for i in index], np.float32),
                 np.array([_number(about["edge_id"][i]) for i in index], np.int64),
@@ -163,8 +164,8 @@ class _Found:
         explored = about["purpose"][i] == Purpose.EXPLORE or 0 < about["p_escalate"][i] < 1
         return draw(f"{about['edge_id'][i]}\x00{about['sample_id'][i]}", f"lesson {self._seed}") + (0 if explored else 1)
 
-    def _learnable(self, text: str | None) -> bool:
-        return text is not None and text not in self._held_back and not (self._task.data.stream and reserved(text))
+    def _learnable(self, payload: Payload | None) -> bool:
+        return payload is not None and payload not in self._held_back and not (self._task.data.stream and reserved(payload))
 
 
 def _number(edge_id: str) -> int:

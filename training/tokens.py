@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from kcm.errors import BundleError, ConfigError, require
 from kcm.preprocess import Inputs, TokenizerPreprocessor
+from kcm.sample import Payload
 from kcm.task import PreprocessSpec
 
 Float32 = NDArray[np.float32]
@@ -69,7 +70,7 @@ def token_counts(inputs: Inputs, unknown: int | None) -> tuple[Float32, Float32]
     return length, share
 
 
-def like_length(texts: Sequence[str], longest: int) -> Iterator[Index]:
+def like_length(texts: Sequence[Payload], longest: int) -> Iterator[Index]:
     """Rows of `texts` in batches of like length, shortest first; characters past `longest` count nothing (they get cut)."""
     widths = np.array([min(max(len(text), 1), longest) for text in texts], np.int64)
     order = np.argsort(widths, kind="stable")

@@ -7,7 +7,7 @@ What escalated is there whole, of what stayed local only what was explored by ch
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kcm.errors import StoreError, require
+from kcm.sample import Payload
 from kcm.task import Task
 from training.teacher_rows import counted, parts_of
 
 Float32 = NDArray[np.float32]
 
-_COLUMNS = ("task_id", "label_space", "teacher_id", "p_escalate", "text", "teacher_logits", "label")
+_COLUMNS = ("task_id", "label_space", "teacher_id", "p_escalate", "text", "image", "teacher_logits", "label")
 
 
 @dataclass(frozen=True)
 class Truths:
     """Texts [N], their labels [N], the large model's logits [N, C] without a hint, and weights 1/p_escalate [N]."""
 
-    texts: list[str]
+    payloads: Sequence[Payload]
     labels: NDArray[np.int64]
     large: Float32
     weights: Float32
@@ -40,7 +41,7 @@ class Truths:
         return float(self.weights.sum() ** 2 / np.square(self.weights).sum())
 
 
-def read_truths(store: Path, task: Task, fresh: Callable[[str], bool], teacher_id: str = "") -> Truths:
+def read_truths(store: Path, task: Task, fresh: Callable[[Payload], bool], teacher_id: str = "") -> Truths:
     """Rows of this task whose truth is known and whose large model's logits are filled.
 
     Args:
@@ -57,8 +58,8 @@ def read_truths(store: Path, task: Task, fresh: Callable[[str], bool], teacher_i
             told += [row for row in _labelled(part) if (row["task_id"], row["label_space"]) == (task.id, task.label_space)]
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise StoreError(f"{part} can't be read: {error}", fix=f"kcm store compact {store}, or restore the file") from error
-    rows = [row for row in told if teacher_id in ("", row["teacher_id"]) and fresh(row["text"])]
-    rows = list({row["text"]: row for row in rows}.values())  # a text that comes twice is no second witness
+    rows = [row for row in told if teacher_id in ("", row["teacher_id"]) and fresh(row["payload"])]
+    rows = list({row["payload"]: row for row in rows}.values())  # a sample that comes twice is no second witness
     teachers = sorted({row["teacher_id"] for row in rows})
     if not rows:
         raise _nothing(store, task, Counter(row["teacher_id"] for row in told), teacher_id)
@@ -67,7 +68,7 @@ def read_truths(store: Path, task: Task, fresh: Callable[[str], bool], teacher_i
             f"{store} holds rows of {len(teachers)} teachers: {', '.join(teachers)}", fix="give --large FOLDER: its rows are taken"
         )
     return Truths(
-        texts=[row["text"] for row in rows],
+        payloads=[row["payload"] for row in rows],
         labels=np.array([row["label"] for row in rows], np.int64),
         large=np.array([row["teacher_logits"] for row in rows], np.float32),
         weights=np.array([1 / max(row["p_escalate"], 1e-3) for row in rows], np.float32),
@@ -88,7 +89,7 @@ def _nothing(store: Path, task: Task, told: Counter[str], teacher_id: str) -> St
 
 
 def _labelled(part: Path) -> list[dict[str, Any]]:
-    """The rows of a part that carry truth, text and logits; none in parts of an older kcm, which have no such column."""
+    """The rows of a part that carry truth, payload and logits; none in parts of an older kcm, which have no such column."""
     import pyarrow.compute as pc
     from pyarrow import parquet
 
@@ -97,6 +98,7 @@ def _labelled(part: Path) -> list[dict[str, Any]]:
         if "label" not in file.schema_arrow.names:
             return found
         for batch in file.iter_batches(1024, columns=list(_COLUMNS), use_threads=False):
-            whole = pc.and_(pc.and_(batch["label"].is_valid(), batch["teacher_logits"].is_valid()), batch["text"].is_valid())
-            found += batch.filter(whole).to_pylist()
+            there = pc.or_(batch["text"].is_valid(), batch["image"].is_valid())
+            whole = pc.and_(pc.and_(batch["label"].is_valid(), batch["teacher_logits"].is_valid()), there)
+            found += [{**row, "payload": row["image"] if row["text"] is None else row["text"]} for row in batch.filter(whole).to_pylist()]
     return found

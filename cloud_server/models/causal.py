@@ -24,7 +24,8 @@ from cloud_server.models import LargeFile
 from cloud_server.models.labeltrie import LabelTrie
 from cloud_server.prompt import NEUTRAL, Prompt, hint_arm
 from kcm.errors import ConfigError
-from kcm.sample import Float32, Hint, HintArm
+from kcm.preprocess import as_text
+from kcm.sample import Float32, Hint, HintArm, Payload
 from protos.kcm.v1 import sample_pb2
 
 _LOGIT_BYTES = 256 * 2**20  # of one pass [B, N, V]: bounds memory
@@ -66,12 +67,12 @@ class CausalModel:
         self.prompt_id = self._prompt.prompt_id
         self.scores_kind = sample_pb2.Scores.PMI
 
-    def logits(self, samples: Sequence[str], hints: Sequence[Hint | None]) -> Float32:
+    def logits(self, samples: Sequence[Payload], hints: Sequence[Hint | None]) -> Float32:
         """float32 [B, C]: PMI / temperature."""
         arms = [hint_arm(hint) for hint in hints]
         for arm in sorted(set(arms) - set(self._content_free)):
             self._content_free[arm] = self._label_logprobs([self._prompt_ids(NEUTRAL, self._prompt.neutral_hint(arm))])[0]
-        prompts = [self._prompt_ids(text, self._prompt.hint(hint)) for text, hint in zip(samples, hints, strict=True)]
+        prompts = [self._prompt_ids(as_text(sample), self._prompt.hint(hint)) for sample, hint in zip(samples, hints, strict=True)]
         free_BC = np.stack([self._content_free[arm] for arm in arms]) if arms else np.empty((0, len(self.labels)), np.float32)
         scores: Float32 = (self.label_logprobs(prompts) - free_BC) / np.float32(self._temperature)
         return scores

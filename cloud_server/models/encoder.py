@@ -15,7 +15,9 @@ from transformers.utils import logging as hf_logging
 from cloud_server.models import LargeFile
 from cloud_server.prompt import Prompt
 from kcm.errors import ConfigError
-from kcm.sample import Float32, Hint
+from kcm.fusion import fuse, fusion_id, log_prior
+from kcm.preprocess import as_text
+from kcm.sample import Float32, Hint, Payload
 from protos.kcm.v1 import sample_pb2
 
 _BATCH_TOKENS = 1024  # padded tokens of one forward pass: on one thread, more cost more CPU a document (caches), fewer too
@@ -76,7 +78,9 @@ class Encoder:
 
 
 class EncoderModel:
-    """Encoder + head. Reads a hint as a second segment where its head was fitted with hint dropout, else withholds it."""
+    """Encoder + head. Reads a hint as a second segment where its head was fitted with hint dropout, as a prior over the labels where
+    large.json gives that a weight (kcm/fusion.py), and else withholds it.
+    """
 
     def __init__(self, folder: Path, large: LargeFile) -> None:
         """Raises ConfigError where the head is missing, or doesn't fit the labels or the encoder."""
@@ -85,16 +89,23 @@ class EncoderModel:
         self._temperature = large.temperature
         self._prompt = Prompt(large.prompt, large.labels)
         self.labels = large.labels
-        self.reads_hints = large.hint_dropout > 0.0
+        self._weight = large.hint_weight
+        self._in_text = large.hint_dropout > 0.0 and not self._weight
+        self.reads_hints = self._in_text or self._weight > 0.0
         self.teacher_id = f"encoder-{large.large_id}"
-        self.prompt_id = self._prompt.prompt_id if self.reads_hints else "none"
+        self.prompt_id = self._prompt.prompt_id if self._in_text else "none"
+        if self._weight:
+            self.prompt_id = fusion_id(temperature=large.temperature, weight=self._weight)
         self.scores_kind = sample_pb2.Scores.LOGIT
 
-    def logits(self, samples: Sequence[str], hints: Sequence[Hint | None]) -> Float32:
-        """float32 [B, C]: (weight @ embedding + bias) / temperature."""
-        pairs = [self._prompt.hint(hint).strip() or None for hint in hints] if self.reads_hints else None
-        scores: Float32 = (self._encoder.embed(samples, pairs) @ self._weight_DC + self._bias_C) / np.float32(self._temperature)
-        return scores
+    def logits(self, samples: Sequence[Payload], hints: Sequence[Hint | None]) -> Float32:
+        """float32 [B, C]: (weight @ embedding + bias) / temperature; with a hint's weight its log_softmax + w · log p_hint."""
+        pairs = [self._prompt.hint(hint).strip() or None for hint in hints] if self._in_text else None
+        vectors = self._encoder.embed([as_text(sample) for sample in samples], pairs)
+        scores: Float32 = vectors @ self._weight_DC + self._bias_C
+        if self._weight:
+            return fuse(scores, log_prior(hints, len(self.labels)), temperature=self._temperature, weight=self._weight)
+        return scores / np.float32(self._temperature)
 
 
 def _read_head(path: Path, dimension: int, classes: int) -> tuple[Float32, Float32]:

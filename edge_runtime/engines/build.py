@@ -26,12 +26,17 @@ from edge_runtime.engines.cuda import why_no_device
 from kcm.errors import EngineError, KcmError
 
 _POLL_S = 0.02
+_CANCELLED = "was cancelled"
 _LAST_LINES = 5
 _PR_SET_PDEATHSIG = 1
 _ADDR_NO_RANDOMIZE = 0x0040000
 _REPRODUCIBLE = "--reproducible"
 _ENVIRONMENT = ("HOME", "LANG", "LD_LIBRARY_PATH", "PATH")  # of a reproducible build: what is allocated where depends on it
 _LINE = 4096  # bytes of the request, whatever the process's id
+
+
+class BuildFailed(EngineError):
+    """The builder ended without a plan: it refused, crashed, or took too much. Another try would end alike."""
 
 
 class BuildLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -74,7 +79,8 @@ def build_apart(
         command: the builder; default: this module.
 
     Raises:
-        EngineError: it refused, crashed, took too long or too much memory, or was cancelled; the message holds its own words.
+        BuildFailed: it refused, crashed, took too long or too much memory; the message holds its own words.
+        EngineError: it was cancelled, or couldn't be started.
     """
     request = _Request(spec=spec, nice=limits.nice, parent=os.getpid())
     command = command or [sys.executable, "-m", "edge_runtime.engines.build", *([_REPRODUCIBLE] if reproducible else [])]
@@ -108,7 +114,7 @@ def _watch(process: subprocess.Popen[bytes], limits: BuildLimits, cancelled: thr
     try:
         while process.poll() is None:
             if cancelled is not None and cancelled.is_set():
-                return "was cancelled"
+                return _CANCELLED
             if time.monotonic() > deadline:
                 return f"took longer than {limits.seconds:g} s"
             if (used := _resident_mb(process.pid)) > allowed_mb:
@@ -124,17 +130,18 @@ def _watch(process: subprocess.Popen[bytes], limits: BuildLimits, cancelled: thr
 def _judge(code: int, stopped: str, line: bytes, plan: bytes, log: str) -> Built:
     words = f"; its last words: {log}" if log else "; it said nothing"
     if stopped:
-        raise EngineError(f"the engine's builder {stopped}{words}", fix="raise the limit, or serve with ONNX Runtime")
+        kind = EngineError if stopped == _CANCELLED else BuildFailed
+        raise kind(f"the engine's builder {stopped}{words}", fix="raise the limit, or serve with ONNX Runtime")
     if code < 0:
         name = signal.Signals(-code).name
         why = ", as the kernel does when memory runs out" if code == -signal.SIGKILL else ""
-        raise EngineError(f"the engine's builder was killed by {name}{why}{words}")
+        raise BuildFailed(f"the engine's builder was killed by {name}{why}{words}")
     try:
         answer = msgspec.json.decode(line, type=_Answer)
     except msgspec.DecodeError:
-        raise EngineError(f"the engine's builder ended with code {code} and no answer{words}") from None
+        raise BuildFailed(f"the engine's builder ended with code {code} and no answer{words}") from None
     if answer.report is None:
-        raise EngineError(answer.error, fix=answer.fix)
+        raise BuildFailed(answer.error, fix=answer.fix)
     if hashlib.sha256(plan).hexdigest() != answer.report.sha256:
         raise EngineError(
             f"the engine's builder sent {len(plan)} of {answer.report.size} bytes", fix="check the disk of the temporary folder"

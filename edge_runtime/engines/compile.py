@@ -21,17 +21,17 @@ from kcm.errors import EngineError, require
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 FLAGS = ("strongly-typed", "no-tf32")  # of every build; part of a plan's key
 
+_LARGEST = 2**31 - 1  # of any size: beyond, the library raises what it likes, or wraps around and says nothing
 # Without a path, the parser reads tensors outside the model's bytes from the working directory.
 _NO_FOLDER = "/dev/null/external-data-is-refused/model.onnx"
 
 
 class BuildSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What to build: every shape from [1, 1] to [max_batch, max_length] for every input."""
+    """What to build: for every input, each shape from [1, 1] to [max_batch, its largest length]."""
 
     flavour: Flavour
-    inputs: tuple[str, ...]
+    inputs: dict[str, int]
     max_batch: int
-    max_length: int
     targets: tuple[str, ...] = ()  # TensorRT-RTX: "sm86", "sm89", …; none: portable over Ampere and later
     workspace_mb: int = 1024  # device memory that a layer may use while it runs
 
@@ -135,9 +135,10 @@ def output_types(trt: Any) -> dict[str, Any]:
 
 
 def _check_spec(spec: BuildSpec) -> None:
-    for field, value in (("max_batch", spec.max_batch), ("max_length", spec.max_length), ("workspace_mb", spec.workspace_mb)):
-        if value < 1:
-            raise EngineError(f"{field} of an engine is {value}, must be at least 1")
+    lengths = ((f"the largest length of {name!r}", length) for name, length in spec.inputs.items())
+    for field, value in (("max_batch", spec.max_batch), *lengths, ("workspace_mb", spec.workspace_mb)):
+        if not 1 <= value <= _LARGEST:
+            raise EngineError(f"{field} of an engine is {value}, must be 1 to {_LARGEST}")
     if spec.targets and spec.flavour == "tensorrt":
         raise EngineError("TensorRT builds for the GPU that it runs on, not for named targets", fix="leave them out, or use tensorrt-rtx")
 
@@ -175,7 +176,8 @@ def _shapes(name: str, dims: tuple[int, ...], spec: BuildSpec) -> tuple[tuple[in
     def at(batch: int, length: int) -> tuple[int, ...]:
         return (batch, *(length if dim == -1 else dim for dim in dims[1:]))
 
-    return at(1, 1), at(min(8, spec.max_batch), min(128, spec.max_length)), at(spec.max_batch, spec.max_length)
+    longest = spec.inputs[name]
+    return at(1, 1), at(min(8, spec.max_batch), min(128, longest)), at(spec.max_batch, longest)
 
 
 def _parser_said(parser: Any, log: Any) -> str:

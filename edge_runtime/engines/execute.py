@@ -127,6 +127,11 @@ class TensorRTEngine:
         inputs = [tensor.name for tensor in self._inputs]
         if set(inputs) != set(graph.inputs):
             raise BundleError(f"the engine reads {', '.join(inputs)}; its manifest says {', '.join(graph.inputs)}")
+        for tensor in self._inputs:
+            if any(size not in (-1, graph.inputs[tensor.name]) for size in tensor.dims[1:2]):
+                raise BundleError(
+                    f"the engine's {tensor.name!r} has shape {list(tensor.dims)}; its manifest says {graph.inputs[tensor.name]}"
+                )
         outputs = {tensor.name: tensor for tensor in self._outputs}
         for name, dtype in output_types(trt).items():
             if name not in outputs:
@@ -142,7 +147,8 @@ class TensorRTEngine:
         largest = []
         for tensor in self._inputs:
             tensor.largest = tuple(self._engine.get_tensor_profile_shape(tensor.name, 0)[2])
-            largest.append(tensor.at(graph.max_batch, graph.max_length))
+            tensor.longest = graph.inputs[tensor.name]
+            largest.append(tensor.at(graph.max_batch, tensor.longest))
             if any(size > most for size, most in zip(largest[-1], tensor.largest, strict=True)):
                 raise EngineError(
                     f"{self.provider}: the plan takes {tensor.name!r} up to {tensor.largest}, the manifest says {largest[-1]}"
@@ -166,11 +172,12 @@ class TensorRTEngine:
         return _Lane(context, self._inputs, self._outputs, self.provider, self._log)
 
     def _check_shapes(self, shapes: tuple[Shape, ...]) -> None:
-        """All inputs of one B and one L, within what was built."""
-        batch, length = shapes[0][0] if shapes[0] else 0, 0
+        """All inputs of one B, those with one largest length of one L, within what was built."""
+        batch = shapes[0][0] if shapes[0] else 0
+        lengths: dict[int, int] = {}
         for tensor, shape in zip(self._inputs, shapes, strict=True):
-            lengths = [size for size, dim in zip(shape[1:], tensor.dims[1:]) if dim == -1]  # noqa: B905  the next check sees to it
-            length = length or (lengths[0] if lengths else 0)
+            free = [size for size, dim in zip(shape[1:], tensor.dims[1:]) if dim == -1]  # noqa: B905  the next check sees to it
+            length = lengths.setdefault(tensor.longest, free[0]) if free else 0
             if shape != tensor.at(batch, length) or 0 in shape:
                 raise EngineError(f"{self.provider}: input {tensor.name!r} has shape {shape}, expected {tensor.at(batch, length)}")
             if any(size > most for size, most in zip(shape, tensor.largest, strict=True)):
@@ -210,7 +217,8 @@ class _Tensor:
 
     def __init__(self, name: str, dtype: np.dtype[Any], dims: Shape) -> None:
         self.name, self.dtype, self.dims = name, dtype, dims
-        self.largest: Shape = ()
+        self.longest = 0  # its largest length, as the manifest says
+        self.largest: Shape = ()  # of the plan
         self.memory: cuda.Mirror | None = None
 
     def at(self, batch: int, length: int) -> Shape:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 # Names a folder that can't exist, so that tensors outside the model's bytes never load: from bytes alone,
 # ONNX Runtime looks for them in the working directory.
 _NO_FOLDER = "/dev/null/external-data-is-refused"
+# Bytes of a batch's first input that the CPU takes at once. Without an arena a conv net's buffers for more come from the system in each
+# run, and their page faults cost as much as the arithmetic: EfficientNet-Lite0 at 224 px, 32 images, 376 ms at once and 169 one by one.
+_PIECE = 2**19
 _CPU = "CPUExecutionProvider"
 
 
@@ -97,8 +100,14 @@ class OrtEngine:
         self._one: _One | None = _One(self._session, graph, classes) if self.provider == _CPU else None
 
     def infer(self, inputs: Inputs) -> Outputs:
-        if self._one is not None and len(next(iter(inputs.values()))) == 1:
-            return self._one.run(inputs)
+        if self._one is not None:
+            first = next(iter(inputs.values()))
+            if len(first) == 1:
+                return self._one.run(inputs)
+            if first.nbytes > _PIECE:
+                step = max(1, _PIECE * len(first) // first.nbytes)
+                pieces = ({name: array[row : row + step] for name, array in inputs.items()} for row in range(0, len(first), step))
+                return Outputs(*map(np.concatenate, zip(*(self._session.run(OUTPUTS, piece) for piece in pieces), strict=True)))
         try:
             return Outputs(*self._session.run(OUTPUTS, inputs))
         except Exception as error:  # the runtime has a dozen exception types without a common base
@@ -110,9 +119,12 @@ class OrtEngine:
         self._one = self._session = None
 
     def _check_signature(self, graph: GraphSpec, classes: int) -> None:
-        inputs = tuple(node.name for node in self._session.get_inputs())
+        inputs = {node.name: node.shape for node in self._session.get_inputs()}
         if set(inputs) != set(graph.inputs):
             raise BundleError(f"the model reads {', '.join(inputs)}; its manifest says {', '.join(graph.inputs)}")
+        for name, shape in inputs.items():
+            if any(isinstance(size, int) and size != graph.inputs[name] for size in shape[1:2]):
+                raise BundleError(f"the model's {name!r} has shape {shape}; its manifest says {graph.inputs[name]}")
         outputs = {node.name: node.shape for node in self._session.get_outputs()}
         if missing := [name for name in OUTPUTS if name not in outputs]:
             raise BundleError(f"the model has no output {missing[0]!r}, only {', '.join(outputs)}")

@@ -1,4 +1,4 @@
-"""The cache of built engines: KEY.plan with KEY.json beside it, in cache_dir()/engines.
+"""The cache of built engines: KEY.plan with KEY.json beside it, in cache_dir()/engines; KEY.failed where building it failed.
 
 A plan is code for the GPU. So it is made here, from a verified model, and never taken from a peer or out of a bundle; the folder is the
 user's alone; and what doesn't match its sidecar and the machine in every point is refused, with the reason, and built anew.
@@ -20,9 +20,10 @@ import msgspec
 from kcm.assets import cache_dir
 from kcm.errors import EngineError
 
-_SCHEMA = 1
+_SCHEMA = 2  # 2: a largest length of each input
 _OLD_S = 24 * 3600.0  # of a file that a write which never ended left behind
 _SIDECAR_LIMIT = 2**16
+_FAILURES_KEPT = 16
 
 
 class PlanKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,9 +34,8 @@ class PlanKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     version: str  # the library's, in full: plans of one don't load in another
     target: str  # compute capability, and the GPU's name where the plan is tuned for it
     flags: tuple[str, ...]
-    inputs: tuple[str, ...]
+    inputs: dict[str, int]  # with the largest length of each
     max_batch: int
-    max_length: int
     workspace_mb: int
     schema: int = _SCHEMA
 
@@ -52,6 +52,14 @@ class Sidecar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     sha256: str  # of the plan
     size: int
     seconds: float  # that building took
+    created: str  # UTC, ISO 8601
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A build that failed: it isn't begun again at every start."""
+
+    key: PlanKey
+    reason: str
     created: str  # UTC, ISO 8601
 
 
@@ -107,20 +115,59 @@ class PlanCache:
         Raises:
             EngineError: the folder can't be written, or isn't the user's alone.
         """
-        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        sidecar = Sidecar(key=key, sha256=hashlib.sha256(plan).hexdigest(), size=len(plan), seconds=round(seconds, 3), created=created)
+        digest = hashlib.sha256(plan).hexdigest()
+        sidecar = Sidecar(key=key, sha256=digest, size=len(plan), seconds=round(seconds, 3), created=_now())
+        with self._writing() as folder:
+            # The plan first: a sidecar without its plan, or with another's, is refused.
+            _replace(folder, f"{key.name}.plan", plan)
+            _replace(folder, f"{key.name}.json", msgspec.json.format(msgspec.json.encode(sidecar), indent=1))
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{key.name}.failed", dir_fd=folder)
+            os.fsync(folder)
+            self._prune(folder, key)
+        return sidecar
+
+    def note_failure(self, key: PlanKey, reason: str) -> None:
+        """Remember that building it failed, until a plan is written, or somebody removes the file. Raises as `write` does."""
+        failure = Failure(key=key, reason=reason, created=_now())
+        with self._writing() as folder:
+            _replace(folder, f"{key.name}.failed", msgspec.json.format(msgspec.json.encode(failure), indent=1))
+            for old in self._failures(folder)[:-_FAILURES_KEPT]:
+                os.unlink(f"{old.key.name}.failed", dir_fd=folder)
+
+    def failures(self) -> list[Failure]:
+        """Builds that failed, the latest last. Raises EngineError: the folder can't be used, or isn't the user's alone."""
+        if not self.folder.exists():
+            return []
+        with self._open(fcntl.LOCK_SH) as folder:
+            return self._failures(folder)
+
+    def failed(self, key: PlanKey) -> Failure | None:
+        """Whether building it has failed here before."""
+        return next((failure for failure in self.failures() if failure.key == key), None)
+
+    def failure_file(self, key: PlanKey) -> Path:
+        """Without it, the next start tries again."""
+        return self.folder / f"{key.name}.failed"
+
+    @staticmethod
+    def _failures(folder: int) -> list[Failure]:
+        found: list[Failure] = []
+        for name in os.listdir(folder):
+            if name.endswith(".failed"):
+                with contextlib.suppress(OSError, EngineError, msgspec.DecodeError):
+                    found.append(msgspec.json.decode(_read(folder, name, _SIDECAR_LIMIT), type=Failure))
+        return sorted(found, key=lambda failure: failure.created)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[int]:
         with self._open(fcntl.LOCK_EX) as folder:
             try:
-                # The plan first: a sidecar without its plan, or with another's, is refused.
-                _replace(folder, f"{key.name}.plan", plan)
-                _replace(folder, f"{key.name}.json", msgspec.json.format(msgspec.json.encode(sidecar), indent=1))
-                os.fsync(folder)
-                self._prune(folder, key)
+                yield folder
             except OSError as error:
                 raise EngineError(
                     f"{self.folder} can't be written: {error.strerror}", fix="check the disk and the folder's owner"
                 ) from error
-        return sidecar
 
     @contextlib.contextmanager
     def _open(self, lock: int) -> Iterator[int]:
@@ -157,6 +204,10 @@ class PlanCache:
                 os.unlink(name, dir_fd=folder)
 
 
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
 def _sidecars(folder: int) -> list[tuple[str, Sidecar]]:
     """Those that can be read, by key's name; the one that was used longest ago first."""
     found: list[tuple[int, str, Sidecar]] = []
@@ -174,6 +225,8 @@ def _difference(was: PlanKey, now: PlanKey) -> str:
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return "+".join(f"{name}:{longest}" for name, longest in value.items())
     return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 

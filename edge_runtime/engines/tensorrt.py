@@ -6,6 +6,7 @@ behind hasattr(trt, "ComputeCapability"). CUDA is asked before the library is to
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import logging
@@ -13,11 +14,11 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from edge_runtime.engines import cuda
-from edge_runtime.engines.build import BuildLimits, build_apart
+from edge_runtime.engines.build import BuildFailed, BuildLimits, build_apart
 from edge_runtime.engines.compile import FLAGS, BuildSpec, Flavour, module_of
 from edge_runtime.engines.execute import TensorRTEngine
 from edge_runtime.engines.plans import PlanCache, PlanKey, Sidecar
-from kcm.errors import EngineError, KcmError
+from kcm.errors import ConfigError, EngineError, KcmError
 
 if TYPE_CHECKING:
     from kcm.bundle import GraphSpec
@@ -38,6 +39,7 @@ class TensorRTBackend:
         workspace_mb: int = 1024,
         limits: BuildLimits | None = None,
         cache: PlanCache | None = None,
+        again: bool = False,
     ) -> None:
         """
         Args:
@@ -45,11 +47,12 @@ class TensorRTBackend:
             workspace_mb: device memory that a layer may use.
             limits: of the process that builds.
             cache: where plans lie; default: the user's cache folder.
+            again: also build what failed before.
         """
         self.name: Flavour = flavour
         self._cuda_graphs, self._workspace_mb = cuda_graphs, workspace_mb
         self._limits, self._cache = limits or BuildLimits(), cache or PlanCache()
-        self._cancelled = threading.Event()
+        self._cancelled, self._again = threading.Event(), again
 
     def probe(self) -> str:
         # Found, not imported: a machine without a GPU shouldn't carry 200 MB of library to learn that.
@@ -77,37 +80,50 @@ class TensorRTBackend:
         if why := cuda.why_no_device():
             raise EngineError(why)
         self._cancelled.clear()
-        self._built(model, self._key(model, graph))
+        key = self._key(model, graph)
+        if not self._again and (before := self._cache.failed(key)):
+            fix = f"rm {self._cache.failure_file(key)}   lets it try again"
+            raise EngineError(f"building it failed on {before.created} and isn't tried again: {before.reason}", fix=fix)
+        self._built(model, key)
 
     def build_ahead(self, model: bytes, graph: GraphSpec, target: str) -> Sidecar:
         """Build for a GPU that isn't here ("sm89"), into the cache. TensorRT-RTX alone can: the other one times its kernels on the GPU.
 
         Raises:
-            EngineError: no such target, or the builder refused; the message holds its own words.
+            ConfigError: no such target.
+            EngineError: the builder refused; the message holds its own words.
         """
         self.check_target(target)
         return self._built(model, self._key_for(model, graph, target.lower()))
 
     def check_target(self, target: str) -> None:
-        """Raises EngineError where nothing can be built ahead for it."""
+        """
+        Raises:
+            ConfigError: it is no target of the library.
+            EngineError: this library builds ahead for none.
+        """
         trt = module_of(self.name)
         if not hasattr(trt, "ComputeCapability"):
             raise EngineError(f"{self.name} builds on the GPU that will run it", fix="run kcm edge there, or take tensorrt-rtx")
         known = trt.ComputeCapability.__members__
         if target.upper() not in known:
             names = ", ".join(sorted((name.lower() for name in known if name.startswith("SM")), key=lambda name: int(name[2:])))
-            raise EngineError(f"{self.name} has no target {target!r}", fix=f"one of {names}")
+            raise ConfigError(f"{self.name} has no target {target!r}", fix=f"one of {names}")
 
     def _built(self, model: bytes, key: PlanKey) -> Sidecar:
         spec = BuildSpec(
             flavour=self.name,
             inputs=key.inputs,
             max_batch=key.max_batch,
-            max_length=key.max_length,
             targets=(key.target,) if self.name == "tensorrt-rtx" else (),
             workspace_mb=key.workspace_mb,
         )
-        built = build_apart(model, spec, self._limits, cancelled=self._cancelled)
+        try:
+            built = build_apart(model, spec, self._limits, cancelled=self._cancelled)
+        except BuildFailed as error:
+            with contextlib.suppress(EngineError):  # a cache that can't be written: the builder's words matter more
+                self._cache.note_failure(key, error.message)
+            raise
         if built.report.version != key.version:
             raise EngineError(
                 f"the builder's {self.name} is {built.report.version}, this process has {key.version}", fix="restart the edge"
@@ -142,7 +158,6 @@ class TensorRTBackend:
             flags=FLAGS,
             inputs=graph.inputs,
             max_batch=graph.max_batch,
-            max_length=graph.max_length,
             workspace_mb=self._workspace_mb,
         )
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from kcm.sample import Payload
     from kcm.task import Task
     from training.data import Split
     from training.run import Run
@@ -55,7 +56,7 @@ def distill(
     from kcm.app.models import large_logits, load_small_kind, one_thread
     from kcm.bundle import MANIFEST
     from kcm.task import with_method
-    from training.data import load_split
+    from training.data import identity, load_split
     from training.gate import gate
     from training.program import distil_run
     from training.run import load_run, next_run_folder, save_run
@@ -72,10 +73,10 @@ def distill(
     previous = load_run(run)
     task = with_method(previous.task, method) if method else previous.task
     train, test, gold = load_split(task, "train"), _optional(task, "test"), _optional(task, "gold")
-    if gold is not None and (shared := set(gold.texts) & set(train.texts)):
+    if gold is not None and (shared := set(map(identity, gold.payloads)) & set(map(identity, train.payloads))):
         raise DataError(f"{len(shared)} text(s) of {task.data.gold} are in {task.data.train}, too", fix="take them out of one of the two")
-    lessons = read_lessons(store, task, teacher, held_back_texts(task), seed=seed)
-    steps(f"{len(lessons.texts)} of the {lessons.stored} rows that {lessons.teacher_id} answered are to be learnt from")
+    lessons = read_lessons(store, task, teacher, held_back(task), seed=seed)
+    steps(f"{len(lessons.payloads)} of the {lessons.stored} rows that {lessons.teacher_id} answered are to be learnt from")
     with left_behind(f"no run was written, {run} is as it was"):
         kind = load_small_kind(task, steps)
         new = distil_run(
@@ -83,7 +84,7 @@ def distill(
             kind,
             train,
             test,
-            lessons.texts,
+            lessons.payloads,
             lessons.logits,
             parent=_bundle_of(previous, run),
             teacher_id=lessons.teacher_id,
@@ -198,10 +199,10 @@ def _difference(figures: dict[str, Any]) -> str:
     return f"{figures['before']:.1%} → {figures['after']:.1%}, {change} on {figures['samples']}"
 
 
-def held_back_texts(task: Task) -> set[str]:
-    """The texts of the task's test, calibration, selection and gold files: never learnt from, whoever sends them."""
+def held_back(task: Task) -> set[Payload]:
+    """The samples of the task's test, calibration, selection and gold files: never learnt from, whoever sends them."""
     splits = (_optional(task, name) for name in _HELD_BACK)
-    return {text for split in splits if split is not None for text in split.texts}
+    return {payload for split in splits if split is not None for payload in split.payloads}
 
 
 def _gauge(task: Task, large: Path, steps: Steps) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

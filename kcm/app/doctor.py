@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kcm.errors import ConfigError
+from kcm.errors import ConfigError, EngineError
 
 # By extra, what tells that it is installed.
 _EXTRAS = {
@@ -50,6 +50,7 @@ def doctor(
         "extras": {name: _installed(names) for name, names in _EXTRAS.items()},
         "problems": _problems(),
         "engines": _engines(engine),
+        "failed_builds": _failed_builds(),
     }
     if bundle is not None:
         report["bundle"] = _loaded(bundle, engine, precision or "fp32")
@@ -90,6 +91,31 @@ def _engines(asked: str) -> list[dict[str, str]]:
     return [{"name": backend.name, "reason": backend.probe()} for backend in named(names)]
 
 
+def _failed_builds() -> list[dict[str, str]]:
+    """Engines whose building failed here: `kcm edge` doesn't try again while `file` is there."""
+    try:
+        from edge_runtime.engines.plans import PlanCache
+    except ModuleNotFoundError:  # no extra edge: the engines' list says so
+        return []
+    cache = PlanCache()
+    try:
+        failures = cache.failures()
+    except EngineError:  # a folder that no engine can use: what each of them says
+        return []
+    return [
+        {
+            "engine": failure.key.flavour,
+            "version": failure.key.version,
+            "target": failure.key.target,
+            "model": failure.key.model,
+            "date": failure.created,
+            "reason": failure.reason,
+            "file": str(cache.failure_file(failure.key)),
+        }
+        for failure in failures
+    ]
+
+
 def _loaded(bundle: Path, engine: str, precision: str) -> dict[str, Any]:
     from edge_runtime.loader import Loader
     from kcm.bundle import as_precision
@@ -114,6 +140,9 @@ def _text(report: dict[str, Any]) -> str:
         lines.append(f"  {name:13} {said}")
     lines += ["", "engines, in order"]
     lines += [f"  {at['name']:13} {'can run here' if not at['reason'] else at['reason']}" for at in report["engines"]]
+    for at in report["failed_builds"]:
+        what = f"{at['engine']} {at['version']} for {at['target']}, model {at['model'][:12]}"
+        lines += ["", f"failed build, not tried again: {what}, {at['date']}: {at['reason']}", f"  fix: rm {at['file']}   lets it try again"]
     if "bundle" in report:
         at = report["bundle"]
         lines += ["", f"bundle {at['bundle_id']}, {at['precision']}: requested {at['requested']}, {at['runs']} runs it"]

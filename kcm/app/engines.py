@@ -16,7 +16,7 @@ def check_engine(engine: str, targets: Sequence[str]) -> None:
     """What can be said before the export.
 
     Raises:
-        ConfigError: an unknown engine, or targets for one that has none.
+        ConfigError: an unknown engine or target, or targets for an engine that has none.
         EngineError: it has to be built on a GPU, and there is none.
         MissingExtraError: the library isn't installed.
     """
@@ -53,7 +53,7 @@ def build_engines(bundle: Path, engine: str, targets: Sequence[str], steps: Step
     loaded = load_bundle(bundle)
     graph = loaded.manifest.graph
     wanted = [(precision, target) for precision in loaded.manifest.precisions for target in targets or ("",)]
-    backend = TensorRTBackend(cast(Flavour, engine), cache=PlanCache(keep=max(16, len(wanted))))
+    backend = TensorRTBackend(cast(Flavour, engine), cache=PlanCache(keep=max(16, len(wanted))), again=True)
     lines = []
     for precision, target in wanted:
         steps(f"{engine}: {precision}" + (f" for {target}" if target else ""))

@@ -15,7 +15,12 @@ from kcm.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from kcm.bundle import Manifest, Precision
+    from kcm.sample import Payload
+    from kcm.task import Task
     from training.run import Run
     from training.small import Small
 
@@ -42,9 +47,9 @@ def export(
     """One fused ONNX graph (small model, judge, candidates, C_x), verified against torch, in a bundle with hashes.
 
     fp32 answers as the run does. fp16 halves the graph: for GPUs and for memory (a CPU computes it in fp32). int8 leaves a third of
-    an n-gram model and a quarter of an encoder: tables as int8 rows, products by ranges that the run's own texts give; the judge stays
-    fp32. Each of them gets its own ε: the calls, accuracy or promise that `kcm calibrate` was asked for, chosen again on its own
-    scores. `kcm verify` says what each one loses.
+    an n-gram model and a quarter of an encoder or image net: tables as int8 rows, products by ranges that the run's own samples give;
+    the judge stays fp32. Each of them gets its own ε: the calls, accuracy or promise that `kcm calibrate` was asked for, chosen again on
+    its own scores. `kcm verify` says what each one loses.
 
     Try it: kcm export runs/train/1 --out bundle
             kcm export runs/train/1 --out bundle --precision fp16 --precision int8
@@ -72,9 +77,9 @@ def export(
         typer.echo(engine_table(engines))
     if len(sizes) > 1:
         typer.echo("models: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items()))
-        typer.echo(f"next: kcm verify {out} --run {run}   says what each precision loses")
     size = sum(entry.size for entry in manifest.files.values())
-    typer.echo(f"{out}: bundle {manifest.bundle_id}, {size / 1e6:.1f} MB; next: kcm edge --bundle {out}")
+    then = f"kcm verify {out} --run {run}   says what each precision loses" if len(sizes) > 1 else f"kcm edge --bundle {out}"
+    typer.echo(f"{out}: bundle {manifest.bundle_id}, {size / 1e6:.1f} MB; next: {then}")
 
 
 def parse_precisions(names: Sequence[str]) -> tuple[Precision, ...]:
@@ -99,7 +104,7 @@ def export_run(
 
     from export.bundle import export_bundle
     from kcm.app.models import load_small_kind, one_thread
-    from kcm.app.samples import fresh_texts
+    from kcm.app.samples import fresh_payloads
     from kcm.bundle import MANIFEST
     from training.run import load_run
 
@@ -110,11 +115,11 @@ def export_run(
     one_thread()
     steps = steps or Steps(quiet=True)
     building = out.with_name(f".{out.name}.building")
-    fresh = fresh_texts(run) if len(precisions) > 1 else []
+    fresh = fresh_payloads(run) if len(precisions) > 1 else []
     try:
-        manifest = export_bundle(run, building, golden_texts=run.texts, precisions=precisions, fresh_texts=fresh, progress=steps)
+        manifest = export_bundle(run, building, golden_payloads=run.payloads, precisions=precisions, fresh_payloads=fresh, progress=steps)
         steps("verified against torch and fp32")
-        check(run, load_small_kind(run.task, Steps(quiet=True)), building, run.texts[:256])
+        check(run, load_small_kind(run.task, Steps(quiet=True)), building, run.payloads[:256])
         _check_narrow(run, building)
         shutil.rmtree(out, ignore_errors=True)
         building.rename(out)
@@ -124,16 +129,16 @@ def export_run(
     return manifest
 
 
-def check(run: Run, kind: Small, bundle: Path, texts: list[str]) -> dict[str, float]:
+def check(run: Run, kind: Small, bundle: Path, payloads: Sequence[Payload]) -> dict[str, float]:
     """Raises VerifyError or BundleError where the bundle isn't the run's."""
     from export.verify import verify as compare
     from kcm.bundle import load_bundle
 
-    return compare(run, kind, load_bundle(bundle), texts).to_dict()
+    return compare(run, kind, load_bundle(bundle), payloads).to_dict()
 
 
 def _check_narrow(run: Run, folder: Path) -> None:
-    """The other precisions beside fp32, on the labelled samples that ε was weighed on; else on texts that the run was fitted on.
+    """The other precisions beside fp32, on the labelled samples that ε was weighed on; else on samples that the run was fitted on.
 
     Raises:
         VerifyError: one of them answers worse than the bar allows, or is broken.
@@ -142,44 +147,45 @@ def _check_narrow(run: Run, folder: Path) -> None:
     from kcm.bundle import load_bundle
 
     bundle = load_bundle(folder)
-    # Of texts that it was fitted on, labels would say nothing.
-    known = (run.answered.texts, run.answered.labels) if run.answered else (run.texts[:256], None)
+    # Of samples that it was fitted on, labels would say nothing.
+    known = (run.answered.payloads, run.answered.labels) if run.answered else (run.payloads[:256], None)
     hold(agreements(bundle, *known), bundle)
 
 
 def verify(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle of `kcm export`.")],
     run: Annotated[Path, typer.Option("--run", help="The run that it was exported from.")],
-    texts: Annotated[Path | None, typer.Option("--texts", help="A file of texts; default: the task's test or train file.")] = None,
+    samples: Annotated[
+        Path | None, typer.Option("--samples", "--texts", help="Texts or images, as under [data]; default: the task's test or train file.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare torch and ONNX Runtime on logits, answers, C_x and decisions; exit code 6 where they differ.
 
     fp32 must decide as torch does, but where the routing score is within 0.001 of ε. fp16 and int8 are compared with fp32, each at its
     own ε: exit code 6 where one loses more than 0.3 points of right local answers at the same share of cloud calls. That takes
-    labels: a file of --texts that has them, or the task's test file.
+    labels: a file of --samples that has them, or the task's test file.
 
     Try it: kcm verify bundle --run runs/train/1
     """
     from export.agreement import agreements, hold, table
     from kcm.app.models import load_small_kind, one_thread
     from kcm.bundle import load_bundle
-    from training.data import encode_labels, load_split, read_rows
+    from training.data import load_split
     from training.run import load_run
 
     one_thread()
     loaded = load_run(run)
     task = loaded.task
     truth = None
-    if texts is not None:
-        chosen, names, lines = read_rows(texts, task.data.text_column, task.data.label_column, labels_optional=True)
-        if names:
-            truth = encode_labels(names, lines, task, texts)
+    chosen: Sequence[Payload]
+    if samples is not None:
+        chosen, truth = _read(samples, task)
     elif task.data.test:
         split = load_split(task, "test")
-        chosen, truth = split.texts, split.y
+        chosen, truth = split.payloads, split.y
     else:
-        chosen = load_split(task, "train").texts  # its labels would say nothing: the run was fitted on them
+        chosen = load_split(task, "train").payloads  # its labels would say nothing: the run was fitted on them
     report: dict[str, Any] = check(loaded, load_small_kind(task, Steps(quiet=True)), bundle, chosen)
     read = load_bundle(bundle)
     narrow = agreements(read, chosen, truth)
@@ -194,3 +200,19 @@ def verify(
     if narrow:
         typer.echo(table(narrow))
         hold(narrow, read)
+
+
+def _read(path: Path, task: Task) -> tuple[Sequence[Payload], NDArray[np.int64] | None]:
+    """Samples of the task's modality, and ids of their labels where they have any.
+
+    Raises:
+        DataError: unreadable, a bad row, or an unknown label.
+    """
+    from training.data import encode_labels, label_ids, read_rows
+    from training.image_files import read_images
+
+    if task.modality == "image":
+        images, labels, where = read_images(path, task.data, task.preprocess, labels_optional=True)
+        return images, label_ids(labels, task, where) if labels else None
+    texts, labels, lines = read_rows(path, task.data.text_column, task.data.label_column, labels_optional=True)
+    return texts, encode_labels(labels, lines, task, path) if labels else None

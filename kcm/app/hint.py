@@ -51,7 +51,7 @@ def gate_for(
     if not 0 < len(split) == len(predictions) == (len(split) if plain is None else len(plain)):
         raise ValueError(f"{len(split)} samples have {len(predictions)} predictions and {None if plain is None else len(plain)} answers")
     if not large.reads_hints:
-        return HintGate(arm="none", reason="the large model was fitted without hints and is given none: [large] hint_dropout")
+        return HintGate(arm="none", reason=_deaf(run))
     rows = escalated(run.score(predictions), epsilon, most=most, seed=seed)
     asked, seen = split.take(rows), predictions.take(rows)
     confidence = run.judge.confidence(seen)
@@ -61,9 +61,15 @@ def gate_for(
             logits = plain[rows]
         else:
             progress(f"hint gate: {len(rows)} escalated samples, {'no hint' if arm == 'none' else arm}")
-            logits = large.logits(asked.texts, hints)
+            logits = large.logits(asked.payloads, hints)
         arms[arm] = logits.argmax(1) == asked.y
     return fit_gate(arms, confidence)
+
+
+def _deaf(run: Run) -> str:
+    if run.task.modality == "image":
+        return "the large model's weight of a hint is 0, fitted where it adds nothing or not at all, and it is given none"
+    return "the large model was fitted without hints and is given none: [large] hint_dropout"
 
 
 def escalated(score: Float32, epsilon: float, *, most: int = MOST, fewest: int = FEWEST, seed: int = 0) -> NDArray[np.int64]:

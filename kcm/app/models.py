@@ -15,9 +15,12 @@ from numpy.typing import NDArray
 from kcm.app.folders import writable
 from kcm.assets import cache_dir, model_path
 from kcm.errors import ConfigError, require
+from kcm.preprocess import as_text
+from kcm.sample import Payload
 from kcm.task import Task
 
 if TYPE_CHECKING:
+    from cloud_server.models import LargeModel
     from training.data import Split
     from training.ngrams import WordVectors
     from training.small import Small
@@ -43,12 +46,28 @@ def load_small_kind(task: Task, progress: Progress) -> Small:
         return Encoder(task)
     if task.small.kind == "onnx":
         from training.fixed import Fixed
+        from training.fixed_images import FixedImages
 
-        return Fixed(task)
+        return (FixedImages if task.preprocess.kind == "image" else Fixed)(task)
+    if task.small.kind in ("resnet", "efficientnet-lite"):
+        from training.vision import load_vision
+
+        return load_vision(task, progress)
+    if task.small.kind == "dual":
+        from training.retrieval import load_dual
+
+        return load_dual(task, lambda: word_vectors(task, progress), lambda texts: _captions(task, texts))
     from training.small import Ngrams
 
     # Only fitting needs the vectors: a run that is calibrated, exported or verified holds its own.
     return Ngrams(task, (lambda: word_vectors(task, progress)) if task.small.vectors else None)
+
+
+def _captions(task: Task, texts: Sequence[str]) -> Float32:
+    """Embeddings [N, D] by the encoder that also gives the small model its word vectors."""
+    from cloud_server.models.encoder import Encoder
+
+    return Encoder(model_path(task.small.vectors, task.root), task.large.max_tokens).embed(texts)
 
 
 def word_vectors(task: Task, progress: Progress) -> WordVectors:
@@ -106,57 +125,102 @@ def large_logits(folder: Path, split: Split, progress: Progress) -> Float32:
     from cloud_server.models import load_large
 
     progress(f"large model: {len(split)} labelled samples")
-    return load_large(folder).logits(split.texts, [None] * len(split))
+    return load_large(folder).logits(split.payloads, [None] * len(split))
 
 
 class LargeInProcess:
-    """A task's large model here, without a server: fit its head where it has one, and answer with each text computed once."""
+    """A task's large model here, without a server: fit its head where it has one, and answer with each sample computed once."""
 
-    def __init__(self, task: Task, folder: Path, train: Split | None, progress: Progress) -> None:
-        """Fit (encoder) or describe (causal) the large model in `folder`.
+    def __init__(self, task: Task, folder: Path, train: Split | None, progress: Progress, *, hints: bool = True) -> None:
+        """Fit (encoder, images) or describe (causal, onnx) the large model in `folder`.
 
         With hint dropout, a share 1 − hint_dropout of the rows is read with the hint that a small model gives it, fitted on the
-        edge's labels, as it would at run time; else the head never sees a hint, and the cloud withholds them.
+        edge's labels, as it would at run time; else the head never sees a hint, and the cloud withholds them. An image model's
+        weight of a hint is fitted where `hints` says so.
 
         Raises:
             ConfigError: the model's weights aren't there.
+            DataError: too few images, one that can't be decoded, or a fit that diverges.
         """
         from training.large_head import fit_head, save_large
 
-        self.folder, self._known = folder, dict[str, Float32]()
+        self.folder, self._known = folder, dict[Payload, Float32]()
         if task.large.kind == "encoder":
             from cloud_server.models.encoder import Encoder
 
             assert train is not None
             encoder = Encoder(model_path(task.large.model, task.root), task.large.max_tokens)
             pairs = hint_texts(task, train, progress) if task.large.hint_dropout > 0 else None
-            head = fit_head(self._embed(encoder, train.texts, progress, pairs), train.y, len(task.labels))
+            head = fit_head(self._embed(encoder, train.payloads, progress, pairs), train.y, len(task.labels))
             save_large(folder, task, head)
-            self._answer: Callable[[list[str]], Float32] = lambda texts: head.logits(self._embed(encoder, texts, progress))
+            self._answer: Callable[[Sequence[Payload]], Float32] = lambda payloads: head.logits(self._embed(encoder, payloads, progress))
         else:
             from cloud_server.models import load_large
 
-            save_large(folder, task, None)
-            model = load_large(folder)
-            self._answer = lambda texts: model.logits(texts, [None] * len(texts))
+            if task.gallery.file:
+                from kcm.app.large_retrieval import make_large_retrieval
 
-    def logits(self, texts: Sequence[str]) -> Float32:
+                make_large_retrieval(task, folder, train, progress, hints=hints)
+            elif task.large.kind == "onnx":
+                from kcm.app.large_images import describe_graph
+
+                describe_graph(task, folder, train, progress, hints=hints)
+            elif task.modality == "image":
+                from kcm.app.large_images import make_large_images
+
+                assert train is not None
+                make_large_images(task, folder, train, progress, hints=hints)
+            else:
+                save_large(folder, task, None)
+            model = load_large(folder)
+            self._answer = lambda payloads: _asked(model, payloads, progress)
+
+    def logits(self, payloads: Sequence[Payload]) -> Float32:
         """[N, C], without a hint."""
-        missing = [text for text in dict.fromkeys(texts) if text not in self._known]
+        missing = [payload for payload in dict.fromkeys(payloads) if payload not in self._known]
         if missing:
             self._known.update(zip(missing, self._answer(missing), strict=True))
-        return np.stack([self._known[text] for text in texts])
+        return np.stack([self._known[payload] for payload in payloads])
 
     @staticmethod
-    def _embed(encoder: Any, texts: Sequence[str], progress: Progress, pairs: Sequence[str | None] | None = None) -> Float32:
+    def _embed(encoder: Any, payloads: Sequence[Payload], progress: Progress, pairs: Sequence[str | None] | None = None) -> Float32:
         """Embeddings [N, D], with a word on progress every thousand texts."""
-        parts = []
+        parts, texts = [], [as_text(payload) for payload in payloads]
         for start in range(0, len(texts), 1000):
             if len(texts) > 1000:
                 progress(f"large model: {start} of {len(texts)} texts")
             chosen = slice(start, start + 1000)
             parts.append(encoder.embed(texts[chosen], None if pairs is None else pairs[chosen]))
         return np.concatenate(parts)
+
+
+def _asked(model: LargeModel, payloads: Sequence[Payload], progress: Progress) -> Float32:
+    """Logits [N, C] without hints, with a word on progress every thousand samples."""
+    parts = []
+    for start in range(0, len(payloads), 1000):
+        if len(payloads) > 1000:
+            progress(f"large model: {start} of {len(payloads)} samples")
+        chosen = payloads[start : start + 1000]
+        parts.append(model.logits(chosen, [None] * len(chosen)))
+    return np.concatenate(parts)
+
+
+def unseen_predictions(task: Task, split: Split, progress: Progress, seed: int = 0) -> tuple[Float32, Float32]:
+    """Logits [N, C] and C_x [N] for a split by a small model on the edge's labels: out of fold for rows that are among these."""
+    from training.data import identity, load_split
+    from training.fit import fit
+    from training.program import labelled_examples
+
+    own = load_split(task, "train")
+    kind = load_small_kind(task, progress)
+    fitted = fit(task, kind, labelled_examples(task, kind, own), seed=seed, progress=progress)
+    predictions = kind.predict(fitted.small, kind.featurise(split.payloads))
+    place = {identity(payload): i for i, payload in enumerate(own.payloads)}
+    found = [(row, place[key]) for row, key in enumerate(map(identity, split.payloads)) if key in place]
+    if found:
+        rows, places = map(list, zip(*found, strict=True))
+        predictions.logits[rows] = fitted.out_of_fold.logits[places]
+    return predictions.logits, fitted.judge.confidence(predictions)
 
 
 def hint_texts(task: Task, train: Split, progress: Progress, seed: int = 0) -> list[str | None]:
@@ -168,19 +232,8 @@ def hint_texts(task: Task, train: Split, progress: Progress, seed: int = 0) -> l
     """
     from cloud_server.prompt import Prompt
     from kcm.app.hint import hints_by_arm
-    from training.data import load_split
-    from training.fit import fit
-    from training.program import labelled_examples
 
-    own = load_split(task, "train")
-    kind = load_small_kind(task, progress)
-    fitted = fit(task, kind, labelled_examples(task, kind, own), seed=seed, progress=progress)
-    predictions = kind.predict(fitted.small, kind.featurise(train.texts))
-    place = {text: i for i, text in enumerate(own.texts)}
-    inside = [i for i, text in enumerate(train.texts) if text in place]
-    if inside:
-        predictions.logits[inside] = fitted.out_of_fold.logits[[place[train.texts[i]] for i in inside]]
-    hints = hints_by_arm(predictions.logits, fitted.judge.confidence(predictions))
+    hints = hints_by_arm(*unseen_predictions(task, train, progress, seed))
     prompt = Prompt(task.prompt, task.labels)
     rng = np.random.default_rng(seed)
     kept, alone = rng.random(len(train)) >= task.large.hint_dropout, rng.random(len(train)) < 0.5

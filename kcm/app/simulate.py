@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from kcm.app.folders import claim_file
 from kcm.app.progress import Steps, left_behind
+
+if TYPE_CHECKING:
+    from training.data import Split
 
 
 def simulate(
@@ -24,7 +28,7 @@ def simulate(
         None, "--epsilon", min=0.0, max=1.0, help="ε for kcm_accuracy and cloud_rate instead of the task's."
     ),
     methods: str = typer.Option("", "--methods", help="Distil by each of these on the same seeds, as d,kd,mcm,kcm; else by the task's."),
-    floor: bool = typer.Option(True, "--floor/--no-floor", help="Run the TF-IDF + linear + max-softmax baseline beside."),
+    floor: bool = typer.Option(True, "--floor/--no-floor", help="Run the TF-IDF + linear + max-softmax baseline beside; images have none."),
     as_json: bool = typer.Option(False, "--json", help="Print the result as JSON on stdout."),
     out: Path = typer.Option(None, "--out", help="Also write the JSON to this file; a result of an earlier time is replaced."),
 ) -> None:
@@ -53,7 +57,12 @@ def simulate(
             for name in asked:
                 where = f"seed {seed}, {name}: " if name else f"seed {seed}: "
                 results[name].append(simulate_seed(setting, seed, lambda text, where=where: steps(where + text), name))  # type: ignore[misc]
-    summary: dict[str, Any] = {"schema": 1, "task": setting.task.id, "seconds": round(time.monotonic() - started, 1)}
+    summary: dict[str, Any] = {
+        "schema": 1,
+        "task": setting.task.id,
+        "modality": setting.task.modality,
+        "seconds": round(time.monotonic() - started, 1),
+    }
     if len(asked) == 1:
         summary = {**summarise(results[asked[0]]), **summary, "method": asked[0] or setting.task.distill.method}
     else:
@@ -65,17 +74,30 @@ def simulate(
 
 
 def load_setting(
-    task_name: str, *, large: str, rounds: int, share: float, epsilon: float | None, floor: bool, scratch: Path, steps: Steps
+    task_name: str,
+    *,
+    large: str,
+    rounds: int,
+    share: float,
+    epsilon: float | None,
+    floor: bool,
+    scratch: Path,
+    steps: Steps,
+    at_most: Mapping[str, int] | None = None,
 ) -> Any:
     """The simulation's setting: files read, large model fitted and asked about the test split.
 
     How frequent a class is, its rows in large_train say: an edge's few labels are often drawn evenly.
+
+    Args:
+        at_most: of a file of the task at most so many samples, drawn evenly.
     """
     import msgspec
     import numpy as np
 
     from kcm.app.models import LargeInProcess, load_small_kind, one_thread
     from kcm.assets import model_path, task_path
+    from kcm.errors import ConfigError
     from kcm.task import load_task
     from training.calibrate import distinct
     from training.data import load_split
@@ -83,23 +105,38 @@ def load_setting(
 
     one_thread()
     task = load_task(task_path(task_name))
+    if large and task.modality == "image":
+        raise ConfigError(f"--large {large} reads text, task {task.id} has images", fix="kind under [large] of task.toml")
     if large:
         kind = "causal" if large == "smollm2" else task.large.kind
         task = msgspec.structs.replace(task, large=msgspec.structs.replace(task.large, model=large, kind=kind))
     if epsilon is not None:
         task = msgspec.structs.replace(task, judge=msgspec.structs.replace(task.judge, epsilon=epsilon))
-    model_path(task.large.model, task.root)  # fails now, not after the data is read
-    train, stream, test = (load_split(task, name) for name in ("train", "stream", "test"))
-    teach = load_split(task, "large_train") if task.data.large_train else train
+    if task.gallery.file:
+        if task.large.kind == "dual":
+            model_path(task.large.net.weights, task.root)
+        model_path(task.large.model, task.root)
+    elif task.modality == "text":
+        model_path(task.large.model, task.root)  # fails now, not after the data is read
+    else:
+        from training.vision.large import check_large
+
+        check_large(task)
+
+    def read(name: str) -> Split:
+        return _some(load_split(task, name), (at_most or {}).get(name, 0))
+
+    train, stream, test = map(read, ("train", "stream", "test"))
+    teach = read("large_train") if task.data.large_train and not task.gallery.file else train
     steps(
         f"task {task.id}: {len(task.labels)} labels, train {len(train)}, large_train {len(teach)}, stream {len(stream)}, test {len(test)}"
     )
     # No ε is chosen by labels here, so all that were kept back may choose the head.
     name = "selection" if task.data.selection else "calibration"
-    selection = distinct(load_split(task, name)) if getattr(task.data, name) else None
+    selection = distinct(read(name)) if getattr(task.data, name) else None
     kind_of_small = load_small_kind(task, steps)
-    steps(f"large model {task.large.model}: fit")
-    teacher = LargeInProcess(task, scratch / "large", teach, steps)
+    steps(f"large model {task.large.model if task.modality == 'text' else task.large.kind}: fit")
+    teacher = LargeInProcess(task, scratch / "large", teach, steps, hints=task.modality == "text" and not task.gallery.file)
     return Setting(
         task=task,
         kind=kind_of_small,
@@ -107,13 +144,22 @@ def load_setting(
         stream=stream,
         test=test,
         teacher=teacher.logits,
-        large_test=teacher.logits(test.texts),
+        large_test=teacher.logits(test.payloads),
         rounds=rounds,
         share=share,
-        floor=floor,
+        floor=floor and task.modality == "text" and not task.gallery.file,
         frequency=np.bincount(teach.y, minlength=len(task.labels)),
         selection=selection,
     )
+
+
+def _some(split: Split, most: int) -> Split:
+    """At most so many rows, always the same ones; 0 for all."""
+    import numpy as np
+
+    if not most or len(split) <= most:
+        return split
+    return split.take(np.sort(np.random.default_rng(0).permutation(len(split))[:most]))
 
 
 def method_table(summary: dict[str, Any]) -> str:
@@ -174,12 +220,29 @@ def table(summary: dict[str, Any]) -> str:
         lines.append(
             "AUROC against texts of no class: " + ", ".join(f"{_NAMES.get(k, k)} {v:.3f}" for k, v in mean["outside_auroc"].items())
         )
+    if "recall" in mean:
+        lines += ["", *_recall(mean["recall"], sd["recall"], mean["grouped_at"], twin)]
     lines += [
         "accuracy in %, mean ± sd over seeds; differences in points with 95 % intervals, paired over seeds and samples",
-        f"twin: the same head on {'an MLP' if twin == 'mlp' else 'a KAN'} with as many parameters; floor: TF-IDF + linear + max-softmax",
+        f"twin: the same head on {'an MLP' if twin == 'mlp' else 'a KAN'} with as many parameters; "
+        + ("floor: TF-IDF + linear + max-softmax" if "floor" in mean else f"{_without_floor(summary)} no TF-IDF floor"),
         f"calls: KCM's, on the test split; groups at {mean['grouped_at']:.0%} calls",
     ]
     return "\n".join(lines)
+
+
+def _without_floor(summary: dict[str, Any]) -> str:
+    return "images have" if summary.get("modality") == "image" else "a gallery has" if "recall" in summary["mean"] else "here is"
+
+
+def _recall(mean: dict[str, dict[str, float]], sd: dict[str, dict[str, float]], rate: float, twin: str) -> list[str]:
+    """Of a retrieval task: R@k by system, each query with the whole list of the model that answered it."""
+    places = list(next(iter(mean.values())))
+    lines = [f"{f'recall, routed at {rate:.0%} calls':28}" + "".join(f" {'R@' + k:14}" for k in places)]
+    for name, at in mean.items():
+        shown = f"{twin} twin" if name == "twin" else _NAMES.get(name, name)
+        lines.append(f"{shown:28}" + "".join(f" {_cell(at[k], sd[name][k]):14}" for k in places))
+    return lines
 
 
 def _title(pair: str) -> str:

@@ -59,7 +59,10 @@ def train_large(
     force: Annotated[bool, typer.Option("--force", help="Replace a large model that is there.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fit the head of the task's large encoder on large_train (or describe a causal model, which needs no fitting).
+    """Fit the task's large model on large_train: an encoder's head, or an image net (a causal model needs no fitting; of the
+    task's own ONNX classifier only a temperature and the hint's weight are fitted).
+
+    An image net that Ctrl-C cut goes on from its last checkpoint when the same command runs again.
 
     Try it: kcm train-large --task r52 --out large
     """
@@ -72,12 +75,18 @@ def train_large(
     steps = Steps()
     claim(out, "large.json", force=force)
     loaded = load_task(task_path(task))
-    split = load_split(loaded, "large_train" if loaded.data.large_train else "train") if loaded.large.kind == "encoder" else None
+    # A user's own model was fitted on what nobody here knows: only rows named for it are looked at.
+    named = "large_train" if loaded.data.large_train or loaded.large.kind == "onnx" else "train"
+    if loaded.gallery.file:
+        named = "train"  # for temperature and hint weight: a retrieval task's large_train are pairs without labels
+    split = load_split(loaded, named) if loaded.large.kind != "causal" and getattr(loaded.data, named) else None
     with left_behind("no large model was written"):
         model = LargeInProcess(loaded, out, split, steps)
     test = _test(loaded)
     with left_behind(f"the large model is in {out}, not measured on test"):
-        accuracy = None if test is None or split is None else float((model.logits(test.texts).argmax(1) == test.y).mean())
+        accuracy = (
+            None if test is None or loaded.large.kind == "causal" else float((model.logits(test.payloads).argmax(1) == test.y).mean())
+        )
     if as_json:
         typer.echo(json.dumps({"folder": str(out), "test_accuracy": accuracy}))
     else:

@@ -12,10 +12,12 @@ from typing import Any
 
 import cloud_kit
 import grpc
+import picture_kit
 import pytest
 from cloud_kit import request, sample
 
 from cloud_server.compact import compact
+from kcm.sample import Payload
 from protos.kcm.v1 import cloud_pb2_grpc
 
 TRIALS = int(os.environ.get("KCM_FAULT_TRIALS", "8"))
@@ -47,9 +49,10 @@ store._find = lambda db, edge_id, sample_id: None
 class Traffic:
     """Edges that call without pause, and send again what wasn't acknowledged: the same ids, in other calls."""
 
-    def __init__(self, address: str, edges: int, waiting: list[tuple[str, str]], counter: list[int]) -> None:
+    def __init__(self, address: str, edges: int, waiting: list[tuple[str, str]], counter: list[int], modality: str = "text") -> None:
         self.acknowledged: list[tuple[str, str]] = []
         self.unsure: list[tuple[str, str]] = []
+        self._modality = modality
         self._waiting, self._counter, self._lock, self._stop = waiting, counter, threading.Lock(), threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(address, f"edge-{edge}")) for edge in range(edges)]
         for thread in self._threads:
@@ -61,7 +64,7 @@ class Traffic:
             while not self._stop.is_set():
                 keys = self._next(edge_id)
                 try:
-                    reply = cloud.Predict(request(*(sample(key[1]) for key in keys), edge_id=edge_id), timeout=5)
+                    reply = cloud.Predict(request(*(sample(key[1], self._payload(key[1])) for key in keys), edge_id=edge_id), timeout=5)
                 except grpc.RpcError:
                     with self._lock:
                         self.unsure += keys
@@ -70,6 +73,10 @@ class Traffic:
                 with self._lock:
                     self.acknowledged += [key for key in keys if key[1] in stored]
                     self.unsure += [key for key in keys if key[1] not in stored]
+
+    def _payload(self, sample_id: str) -> Payload:
+        """The same for the same id: what is sent again is the same sample."""
+        return "profit rose" if self._modality == "text" else picture_kit.noisy(int(sample_id[1:]))
 
     def _next(self, edge_id: str) -> list[tuple[str, str]]:
         with self._lock:
@@ -87,15 +94,22 @@ class Traffic:
             thread.join()
 
 
-def kill_loop(folder: Path, trials: int, code: str = "", seed: int = 0) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+def kill_loop(
+    folder: Path, trials: int, code: str = "", seed: int = 0, modality: str = "text"
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """(acknowledged, stored) keys after `trials` kills, a last clean run, and compaction, which a kill may precede, too."""
     rng, counter = random.Random(seed), [0]
-    task, large = cloud_kit.write_task(folder / "task"), cloud_kit.write_large(folder / "large", "encoder", "weights")
+    if modality == "image":
+        # The real model: its images are decoded beside its thread, which a kill may hit as well.
+        task, large, start = picture_kit.write_image_task(folder / "task"), picture_kit.write_image_large(folder / "large"), code
+    else:
+        task, large = cloud_kit.write_task(folder / "task"), cloud_kit.write_large(folder / "large", "encoder", "weights")
+        start = cloud_kit.by_rule(0.001) + code
     acknowledged: list[tuple[str, str]] = []
     waiting: list[tuple[str, str]] = []
     for trial in range(trials + 1):
-        with cloud_kit.cloud_process(task, large, folder / "store", code=cloud_kit.by_rule(0.001) + code) as server:
-            traffic = Traffic(server.address, 3, waiting, counter)
+        with cloud_kit.cloud_process(task, large, folder / "store", code=start) as server:
+            traffic = Traffic(server.address, 3, waiting, counter, modality)
             time.sleep(rng.uniform(0.2, 0.6))
             if trial < trials:
                 server.kill()
@@ -110,8 +124,9 @@ def kill_loop(folder: Path, trials: int, code: str = "", seed: int = 0) -> tuple
 
 @pytest.mark.slow
 @pytest.mark.fault
-def test_every_acknowledged_sample_is_stored_once_whenever_the_server_is_killed(tmp_path: Path) -> None:
-    acknowledged, stored = kill_loop(tmp_path, TRIALS)
+@pytest.mark.parametrize("modality", ["text", "image"])
+def test_every_acknowledged_sample_is_stored_once_whenever_the_server_is_killed(tmp_path: Path, modality: str) -> None:
+    acknowledged, stored = kill_loop(tmp_path, TRIALS, modality=modality)
     assert len(acknowledged) >= 20 * TRIALS, "too little traffic to mean anything"
     assert set(acknowledged) <= set(stored), f"{len(set(acknowledged) - set(stored))} acknowledged samples are lost"
     assert [key for key, times in Counter(stored).items() if times > 1] == []

@@ -143,9 +143,23 @@ def test_a_stream_answers_in_order_while_requests_overlap(client: edge_pb2_grpc.
 def test_a_bad_request_ends_its_stream_after_what_came_before(client: edge_pb2_grpc.EdgeStub) -> None:
     replies = client.InferStream(iter([request(EASY[0]), edge_pb2.InferRequest(samples=[edge_pb2.InferSample()])]), timeout=10)
     assert next(replies).answers[0].source == LOCAL
-    with pytest.raises(grpc.RpcError, match="payload is empty") as caught:
+    with pytest.raises(grpc.RpcError, match=r"request 1: sample 0: .*payload is empty") as caught:
         next(replies)
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_request_that_is_read_and_cannot_be_answered_is_named_by_its_place_too(client: edge_pb2_grpc.EdgeStub) -> None:
+    """Tensors of another graph: seen only when the batch is made."""
+    bad = request(EASY[0])
+    bad.samples.add(payload=sample_pb2.Payload(tensors=sample_pb2.Tensors(inputs={"x": b"1234"})))
+    replies = client.InferStream(iter([request(EASY[0]), request(EASY[1]), bad, request(EASY[2])]), timeout=10)
+    assert [next(replies).answers[0].source for _ in range(2)] == [LOCAL, LOCAL]
+    with pytest.raises(grpc.RpcError, match="request 2: sample 1: tensors x given") as caught:
+        next(replies)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    with pytest.raises(grpc.RpcError) as alone:
+        client.Infer(bad, timeout=10)
+    assert alone.value.details().startswith("sample 1: tensors x given"), "outside of a stream there is but one request"
 
 
 def test_status_health_and_reflection(client: edge_pb2_grpc.EdgeStub, edge: Process, tiny_bundle: Path) -> None:

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import edge_kit
+import image_kit
 import msgspec
+import numpy as np
+import picture_kit
 import pytest
 from edge_kit import EASY, HARD, request, running_edge, stub, until
 
@@ -53,6 +56,24 @@ def test_the_client_asks_a_real_edge(tiny_bundle: Path, tmp_path: Path) -> None:
     assert [line[4] for line in lines] == [*EASY, *HARD] * 20, "two calls' worth, in order"
     gone = client(EASY[0], "--address", edge.address)
     assert gone.returncode == 1 and gone.stderr.startswith("UNAVAILABLE: ") and "Traceback" not in gone.stderr
+
+
+def test_the_client_asks_about_images(tmp_path: Path) -> None:
+    bundle = picture_kit.make_image_bundle(tmp_path / "bundle")
+    files = [tmp_path / "red.png", tmp_path / "grey.png", tmp_path / "photo.jpg"]
+    photo = image_kit.jpeg(np.full((480, 640, 3), picture_kit.COLOURS[1], np.uint8)) + bytes(3 * 2**20)
+    for file, data in zip(files, (picture_kit.flat(picture_kit.COLOURS[0]), picture_kit.flat(picture_kit.GREY), photo), strict=True):
+        file.write_bytes(data)
+    with running_edge(bundle, tmp_path) as edge:
+        asked = client(*(part for file in [*files, *[files[2]] * 5] for part in ("--image", str(file))), "--address", edge.address)
+        (tmp_path / "notes.txt").write_text("no image")
+        wrong = client("--image", str(tmp_path / "notes.txt"), "--address", edge.address)
+        missing = client("--image", str(tmp_path / "gone.png"), "--address", edge.address)
+    lines = [line.split("\t") for line in asked.stdout.splitlines()]
+    assert [line[:2] for line in lines] == [["acq", "LOCAL"], [lines[1][0], "DEGRADED"], *[["crude oil", "LOCAL"]] * 6], asked.stderr
+    assert [line[4] for line in lines[:3]] == [str(file)[:60] for file in files]
+    assert wrong.returncode == 1 and "JPEG and PNG are read" in wrong.stderr and "INVALID_ARGUMENT" in wrong.stderr
+    assert missing.returncode == 1 and "gone.png: No such file" in missing.stderr and "Traceback" not in missing.stderr
 
 
 def keys(kind: type[msgspec.Struct], path: str) -> dict[str, Any]:

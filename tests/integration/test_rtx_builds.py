@@ -22,6 +22,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from small_kit import LABELS, Graph, split, tokenizer_json
+from vision_kit import image_graph, image_split, image_task
 
 from edge_runtime.engines.build import build_apart
 from edge_runtime.engines.compile import BuildSpec, build_plan
@@ -29,12 +30,15 @@ from export.precisions import Graphs, preprocessor_of
 from kcm.assets import cache_dir
 from kcm.bundle import Precision
 from kcm.errors import EngineError
+from kcm.preprocess import longest_of
 from kcm.task import Task, parse_task
 from training.encoder import Encoder
 from training.fixed import Fixed
+from training.fixed_images import FixedImages
 from training.program import train_run
 from training.run import Run
 from training.small import Ngrams, Small
+from training.vision import load_vision
 
 pytestmark = pytest.mark.slow
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX isn't installed: pip install 'kcm[tensorrt-rtx]'", exc_type=ImportError)
@@ -60,6 +64,11 @@ def _ngrams(task: Task) -> Small:
     return Ngrams(task, None)
 
 
+def _vision(kind: str, **net: Any) -> dict[str, Any]:
+    return {"kind": kind, "net": {"epochs": 1, "batch": 16, "weights": "", **net}}
+
+
+IMAGES = {"kind": "image", "size": 32}
 LARGE = "encoder (MiniLM)"
 CASES = {
     "n-grams, KAN": Case(_ngrams, {"kind": "ngrams", "vectors": ""}, NGRAMS, {}),
@@ -69,6 +78,10 @@ CASES = {
     "user's graph of tokens": Case(Fixed, {"kind": "onnx", "path": "tokens.onnx"}, GIVEN_TOKENS, {}),
     "encoder (tiny BERT)": Case(Encoder, {"kind": "encoder", "path": "bert"}, TOKENS, {}),
     LARGE: Case(Encoder, {"kind": "encoder", "path": str(cache_dir() / "models" / "minilm")}, {**TOKENS, "max_tokens": 64}, {}),
+    "ResNet-8": Case(load_vision, _vision("resnet"), IMAGES, {}),
+    "ResNet-20, MLP": Case(load_vision, _vision("resnet", depth=20), IMAGES, {"kind": "mlp"}),
+    "EfficientNet-Lite0": Case(load_vision, _vision("efficientnet-lite"), {**IMAGES, "size": 64}, {}),
+    "user's graph of images": Case(FixedImages, {"kind": "onnx", "path": "images.onnx"}, IMAGES, {}),
 }
 
 _again: dict[tuple[str, str, str], str] = {}  # how the plan of a second build compares
@@ -104,6 +117,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "ngrams.onnx").write_bytes(with_product(ngrams.model()))
     (folder / "tokens.onnx").write_bytes(with_product(Graph().model()))
     (folder / "tokenizer.json").write_bytes(tokenizer_json())
+    (folder / "images.onnx").write_bytes(image_graph("channels-first"))
     return folder
 
 
@@ -136,20 +150,23 @@ def likeness(one: bytes, other: bytes) -> str:
 
 def run_of(case: Case, weights: Path) -> Run:
     torch.set_num_threads(1)
+    judge = {"folds": 2, **case.judge}
+    if case.preprocess["kind"] == "image":
+        task = image_task(weights, dict(case.small), preprocess=dict(case.preprocess), judge=judge)
+        data = image_split(24, size=task.preprocess.size)
+        return train_run(task, case.kind(task), data, None, seed=0, progress=lambda _: None)
     values = {
         "task": {"id": "tiny", "labels": list(LABELS)},
         "small": dict(case.small),
         "preprocess": dict(case.preprocess),
-        "judge": {"folds": 2, **case.judge},
+        "judge": judge,
     }
     task = parse_task(values, "task.toml", root=str(weights))
     return train_run(task, case.kind(task), split(), None, seed=0, progress=lambda _: None)
 
 
 def spec_of(run: Run, *targets: str) -> BuildSpec:
-    preprocessor = preprocessor_of(run)
-    inputs, longest = tuple(preprocessor.names), preprocessor.longest
-    return BuildSpec(flavour="tensorrt-rtx", inputs=inputs, max_batch=32, max_length=longest, targets=targets)
+    return BuildSpec(flavour="tensorrt-rtx", inputs=longest_of(preprocessor_of(run)), max_batch=32, targets=targets)
 
 
 @pytest.mark.timeout(900)
@@ -216,7 +233,7 @@ def ends(nodes: Sequence[onnx.NodeProto], *, opset: int = 18, batch: str | int =
     return bytes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9).SerializeToString())
 
 
-SPEC = BuildSpec(flavour="tensorrt-rtx", inputs=("x",), max_batch=8, max_length=16, targets=("sm86",))
+SPEC = BuildSpec(flavour="tensorrt-rtx", inputs={"x": 16}, max_batch=8, targets=("sm86",))
 _node = helper.make_node
 _masked = [
     _node("Greater", ["x", "nil"], ["mask"]),
@@ -261,7 +278,7 @@ def test_a_bad_profile_or_target_says_so() -> None:
     model = ends([_node("Relu", ["x"], ["y"])])
     for change, said in (
         ({"max_batch": 0}, "max_batch of an engine is 0"),
-        ({"inputs": ("ids", "weights")}, "the model reads x; its manifest says ids, weights"),
+        ({"inputs": {"ids": 1, "weights": 1}}, "the model reads x; its manifest says ids, weights"),
         ({"targets": ("sm87",)}, "can't build for 'sm87'"),  # Orin
     ):
         with pytest.raises(EngineError, match=said):

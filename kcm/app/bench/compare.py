@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from kcm.app.bench.figures import FILE, KIND, RATIOS, SCHEMA
+from kcm.app.bench.figures import FILE, IMAGE_RATIOS, KIND, RATIOS, SCHEMA
 from kcm.errors import DataError, VerifyError
 
 _LESS_IS_BETTER = ("rss_mb",)  # beside the ratios: memory hardly hangs on who else is busy
@@ -37,6 +37,7 @@ class _Machine(msgspec.Struct, frozen=True):
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
     """What is read of a file."""
 
+    repeats: int
     ratios: dict[str, Spread]
     spread: dict[str, Spread]
     bundle: _Bundle
@@ -60,19 +61,29 @@ def compare(
 ) -> None:
     """Did it get slower? Exit code 6 where a ratio did: its middle halves don't meet, and it moved by more than the tolerance.
 
-    Files of another machine or another task are shown beside each other with a warning, and not judged.
+    Files of another machine or another task are shown beside each other with a warning, and not judged. A file of one repeat has no
+    middle half: a warning says so.
 
     Try it: kcm bench compare before/edge.json after/edge.json
     """
     a, b = read(before), read(after)
     found = changes(a, b, tolerance)
     foreign = strangers(a, b)
+    single = "; ".join(f"{name} has one repeat: no spread tells noise from change" for name, m in (("A", a), ("B", b)) if m.repeats < 2)
+    if single:
+        typer.echo(f"warning: {single}\n  fix: kcm bench edge --repeats 15", err=True)
     if foreign:
         typer.echo(f"warning: {foreign}; nothing is judged", err=True)
         found = {name: msgspec.structs.replace(change, verdict="") for name, change in found.items()}
     worse = [name for name, change in found.items() if change.verdict == "worse"]
     if as_json:
-        said = {"schema": SCHEMA, "warning": foreign, "tolerance": tolerance, "regressions": worse, "changes": msgspec.to_builtins(found)}
+        said = {
+            "schema": SCHEMA,
+            "warning": "; ".join(filter(None, (foreign, single))),
+            "tolerance": tolerance,
+            "regressions": worse,
+            "changes": msgspec.to_builtins(found),
+        }
         typer.echo(json.dumps(said))
     else:
         typer.echo(_table(a, b, found))
@@ -114,12 +125,13 @@ def strangers(a: Measured, b: Measured) -> str:
 def changes(a: Measured, b: Measured, tolerance: float) -> dict[str, Change]:
     """Every figure that both files have, the ratios first."""
     found: dict[str, Change] = {}
-    for name in [*RATIOS, *a.spread]:
+    specs = RATIOS | IMAGE_RATIOS
+    for name in [*specs, *a.spread]:
         before, after = (m.ratios.get(name) or m.spread.get(name) for m in (a, b))
         if before is None or after is None:
             continue
-        judged = name in RATIOS or name in _LESS_IS_BETTER
-        up = name in RATIOS and RATIOS[name].at_least
+        judged = name in specs or name in _LESS_IS_BETTER
+        up = name in specs and specs[name].at_least
         found[name] = Change(before=before, after=after, verdict=_verdict(before, after, tolerance, more_is_better=up) if judged else "")
     return found
 

@@ -38,7 +38,7 @@ def make_bundle(folder: Path, progress: Callable[[str], None]) -> Path:
     train = Split("train", texts, np.repeat(np.arange(_LABELS), _ROWS))
     run = train_run(task, kind, train, None, seed=0, progress=lambda _: None)
     progress("exporting it")
-    export_bundle(run, folder, golden_texts=texts)
+    export_bundle(run, folder, golden_payloads=texts)
     return folder
 
 

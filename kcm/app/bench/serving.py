@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
@@ -14,16 +13,17 @@ from typing import Any
 import grpc
 
 from kcm.app.bench.clocks import cpu_seconds, rss_mb
-from kcm.app.bench.decision import SENTENCE
+from kcm.app.bench.payloads import payloads
 from kcm.app.demo.processes import started
 from kcm.bundle import Bundle
 from kcm.preprocess import load_preprocessor
-from kcm.sample import Route, Source
+from kcm.sample import Route, Source, payload_to_proto
 from protos.kcm.v1 import edge_pb2, edge_pb2_grpc, sample_pb2
 
 BATCH = 32
 BUSY = 32  # requests in flight where requests/s are measured; CPU is measured with one
 _CALLS, _BATCHES, _BUSY_CALLS = 300, 20, 640  # a repeat
+_RUN_S = 5e-4  # of a graph's run, up to which these are the calls
 _SETTLE_S = 0.5
 Drive = Callable[[Any, Sequence[edge_pb2.InferRequest], int, int], Coroutine[Any, Any, None]]
 
@@ -31,8 +31,16 @@ Drive = Callable[[Any, Sequence[edge_pb2.InferRequest], int, int], Coroutine[Any
 class Serving:
     """Both servers, warmed. Traffic is asked to stay LOCAL, so neither cloud nor ε has a part in it."""
 
-    def __init__(self, bundle: Bundle, edge: tuple[int, str], empty: tuple[int, str]) -> None:
-        """`edge`, `empty`: process id and address."""
+    def __init__(self, bundle: Bundle, edge: tuple[int, str], empty: tuple[int, str], run_s: float) -> None:
+        """
+        Args:
+            edge, empty: process id and address.
+            run_s: of one run of the graph: a large one gets fewer calls.
+        """
+        share = min(1.0, _RUN_S / run_s)
+        self._calls, self._batches = max(10, int(_CALLS * share)), max(2, int(_BATCHES * share))
+        self._busy_calls = max(2 * BUSY, int(_BUSY_CALLS * share))
+        self._modality = bundle.task.modality
         self._pids = {"edge": edge[0], "empty": empty[0]}
         self._loop = asyncio.new_event_loop()
         asyncio.set_event_loop(self._loop)  # gRPC asks for one outside of coroutines too
@@ -40,32 +48,33 @@ class Serving:
         for name, (_, address) in {"edge": edge, "empty": empty}.items():
             channel = self._loop.run_until_complete(_connected(address))
             self._channels[name], self._stubs[name] = channel, edge_pb2_grpc.EdgeStub(channel)
-        texts = _sentences(BATCH)
+        given = payloads(bundle, BATCH)
         preprocessor = load_preprocessor(bundle.task.preprocess, bundle.files)
-        as_text = [sample_pb2.Payload(text=text) for text in texts]
+        as_given = [payload_to_proto(payload) for payload in given]
         as_tensors = [
             sample_pb2.Payload(tensors=sample_pb2.Tensors(inputs={name: array[0].tobytes() for name, array in inputs.items()}))
-            for inputs in (preprocessor.batch([text]) for text in texts)
+            for inputs in (preprocessor.batch([payload]) for payload in given)
         ]
-        self._text, self._tensors = ([_request([payload]) for payload in payloads] for payloads in (as_text, as_tensors))
-        self._text32, self._tensors32 = [_request(as_text)], [_request(as_tensors)]
+        self._given, self._tensors = ([_request([payload]) for payload in protos] for protos in (as_given, as_tensors))
+        self._given32, self._tensors32 = [_request(as_given)], [_request(as_tensors)]
         self._check()
 
     def measure(self) -> dict[str, float]:
         """CPU µs of the server per sample, and requests/s (_rps), by figure."""
         before = self._answered()
+        kind, calls, batches, busy = self._modality, self._calls, self._batches, self._busy_calls
         taken = {
-            "empty": self._cpu("empty", self._tensors, _CALLS),
-            "unary": self._cpu("edge", self._tensors, _CALLS),
-            "empty_text": self._cpu("empty", self._text, _CALLS),
-            "unary_text": self._cpu("edge", self._text, _CALLS),
-            "batch32": self._cpu("edge", self._tensors32, _BATCHES) / BATCH,
-            "batch32_text": self._cpu("edge", self._text32, _BATCHES) / BATCH,
+            "empty": self._cpu("empty", self._tensors, calls),
+            "unary": self._cpu("edge", self._tensors, calls),
+            f"empty_{kind}": self._cpu("empty", self._given, calls),
+            f"unary_{kind}": self._cpu("edge", self._given, calls),
+            "batch32": self._cpu("edge", self._tensors32, batches) / BATCH,
+            f"batch32_{kind}": self._cpu("edge", self._given32, batches) / BATCH,
         }
-        taken["busy_empty"], _ = self._run("empty", unary, self._tensors, _BUSY_CALLS, BUSY)
-        taken["busy_unary"], taken["unary_rps"] = self._run("edge", unary, self._tensors, _BUSY_CALLS, BUSY)
-        taken["busy_stream"], taken["stream_rps"] = self._run("edge", stream, self._tensors, _BUSY_CALLS, BUSY)
-        sent = 2 * (_CALLS + _BATCHES * BATCH + _BUSY_CALLS)
+        taken["busy_empty"], _ = self._run("empty", unary, self._tensors, busy, BUSY)
+        taken["busy_unary"], taken["unary_rps"] = self._run("edge", unary, self._tensors, busy, BUSY)
+        taken["busy_stream"], taken["stream_rps"] = self._run("edge", stream, self._tensors, busy, BUSY)
+        sent = 2 * (calls + batches * BATCH + busy)
         assert self._answered() - before == sent, "every sample that is divided by was answered here"
         return taken
 
@@ -94,9 +103,10 @@ class Serving:
     def _check(self) -> None:
         """Both forms of a sample get the same answer, from the device: the bench measures what it says."""
         edge = self._stubs["edge"]
-        tensors, text = (self._loop.run_until_complete(_awaited(edge.Infer(request))) for request in (self._tensors32[0], self._text32[0]))
+        requests = (self._tensors32[0], self._given32[0])
+        tensors, given = (self._loop.run_until_complete(_awaited(edge.Infer(request))) for request in requests)
         assert [int(answer.source) for answer in tensors.answers] == [int(Source.LOCAL)] * BATCH
-        assert [answer.label_id for answer in tensors.answers] == [answer.label_id for answer in text.answers]
+        assert [answer.label_id for answer in tensors.answers] == [answer.label_id for answer in given.answers]
 
 
 async def unary(stub: Any, requests: Sequence[edge_pb2.InferRequest], calls: int, in_flight: int) -> None:
@@ -124,13 +134,13 @@ async def stream(stub: Any, requests: Sequence[edge_pb2.InferRequest], calls: in
 
 
 @contextlib.contextmanager
-def serving(bundle: Bundle, folder: Path) -> Iterator[Serving]:
-    """Both processes run until the block ends. Raises UnavailableError where one doesn't start."""
+def serving(bundle: Bundle, folder: Path, run_s: float) -> Iterator[Serving]:
+    """Both processes run until the block ends; `run_s` is of one run of the graph. Raises UnavailableError where one doesn't start."""
     with contextlib.ExitStack() as stack:
         edge, address = stack.enter_context(started(_edge(bundle, folder), "kcm edge", folder / "edge.log"))
         command = [sys.executable, "-m", "kcm.app.bench.empty"]
         empty, other = stack.enter_context(started(command, "the empty handler", folder / "empty.log"))
-        made = Serving(bundle, (edge.pid, address), (empty.pid, other))
+        made = Serving(bundle, (edge.pid, address), (empty.pid, other), run_s)
         stack.callback(made.close)
         yield made
 
@@ -157,12 +167,6 @@ def _request(payloads: Sequence[sample_pb2.Payload]) -> edge_pb2.InferRequest:
         for place, payload in enumerate(payloads)
     ]
     return edge_pb2.InferRequest(samples=samples)
-
-
-def _sentences(count: int) -> list[str]:
-    """The sentence's words in another order each: other word pairs, other lengths of the input."""
-    words, draw = SENTENCE.split(), random.Random(0)
-    return [" ".join(draw.sample(words, len(words))) for _ in range(count)]
 
 
 async def _connected(address: str) -> grpc.aio.Channel:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kcm.app.demo.display import watching
 from kcm.app.demo.processes import running
 from kcm.app.demo.traffic import Pass, stream, wait_for_bundle
-from kcm.app.distill import held_back_texts
+from kcm.app.distill import held_back
 from kcm.app.export import export_run
 from kcm.app.models import LargeInProcess, load_small_kind
 from kcm.app.progress import Steps
@@ -88,13 +88,13 @@ def parts_of(task: Task, sizes: Sizes, seed: int) -> Parts:
         return split.take(rng.permutation(len(split))[:count])
 
     train, large = load_split(task, "train"), load_split(task, "large_train")
-    edge = set(train.texts)
-    others = some(large.take([i for i, text in enumerate(large.texts) if text not in edge]), max(0, sizes.large_train - len(train)))
+    edge = set(train.payloads)
+    others = some(large.take([i for i, text in enumerate(large.payloads) if text not in edge]), max(0, sizes.large_train - len(train)))
     calibration = some(load_split(task, "calibration"), 2 * sizes.calibration)
     half = len(calibration) // 2
     return Parts(
         train=train,
-        large_train=Split("large_train", train.texts + others.texts, np.concatenate([train.y, others.y])),
+        large_train=Split("large_train", [*train.payloads, *others.payloads], np.concatenate([train.y, others.y])),
         stream=some(load_split(task, "stream"), sizes.stream),
         early=calibration.take(np.arange(half)),
         late=calibration.take(np.arange(half, 2 * half)),
@@ -162,18 +162,18 @@ class Demo:
         )
 
     def _curve(self, run: Run, kind: Small) -> Curve:
-        score, answers = scores(run, kind, self._parts.test.texts)
+        score, answers = scores(run, kind, self._parts.test.payloads)
         return Curve(score, answers == self._parts.test.y)
 
     def _pass(self, edge: str, title: str, split: Split, *, asked: Route = Route.AUTO, batch: int = 1) -> Pass:
         truth = split.labels if split.labels is not None else np.full(len(split), -1)
         with watching(title, truth) as watch:
-            return stream(edge, split.texts, route=asked, batch=batch, watch=watch)
+            return stream(edge, split.payloads, route=asked, batch=batch, watch=watch)
 
     def _calibrated(self, run: Run, kind: Small, large: LargeInProcess, split: Split) -> Run:
         """ε with the fewest calls that is at most BELOW_LARGE less accurate than the large model on labels that were kept back."""
-        score, answers = scores(run, kind, split.texts)
-        large_right = large.logits(split.texts).argmax(1) == split.y
+        score, answers = scores(run, kind, split.payloads)
+        large_right = large.logits(split.payloads).argmax(1) == split.y
         threshold = for_accuracy(score, answers == split.y, large_right, float(large_right.mean()) - BELOW_LARGE)
         return replace(run, threshold=threshold)
 
@@ -193,18 +193,18 @@ class Demo:
     def _distil(self, first: Run, kind: Small, large: LargeInProcess) -> Run:
         from training.teacher_rows import read_lessons
 
-        lessons = read_lessons(self._folder / "store", self._task, held_back=held_back_texts(self._task))
+        lessons = read_lessons(self._folder / "store", self._task, held_back=held_back(self._task))
         parent = (self._folder / "runs" / "round-0" / "bundle_id").read_text()
         new = distil_run(
             first,
             kind,
             self._parts.train,
             None,
-            lessons.texts,
+            lessons.payloads,
             lessons.logits,
             parent=parent,
             teacher_id=lessons.teacher_id,
-            gauge=(large.logits(self._parts.early.texts), self._parts.early.y),
+            gauge=(large.logits(self._parts.early.payloads), self._parts.early.y),
             seed=self._seed,
             progress=self._steps,
         )

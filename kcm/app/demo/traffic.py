@@ -10,8 +10,8 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from kcm.sample import Route, Source
-from protos.kcm.v1 import edge_pb2, edge_pb2_grpc, sample_pb2
+from kcm.sample import Payload, Route, Source, payload_to_proto
+from protos.kcm.v1 import edge_pb2, edge_pb2_grpc
 
 Watch = Callable[["Pass"], None]
 _DEADLINE_S = 120.0
@@ -50,15 +50,15 @@ class Pass:
         return float(np.percentile(self.latency_ms, q))
 
 
-def stream(address: str, texts: Sequence[str], *, route: Route = Route.AUTO, batch: int = 1, watch: Watch = lambda _: None) -> Pass:
-    """Send all texts in order, `batch` a call, one call at a time; each sample's latency is its call's."""
-    done = Pass(len(texts))
+def stream(address: str, payloads: Sequence[Payload], *, route: Route = Route.AUTO, batch: int = 1, watch: Watch = lambda _: None) -> Pass:
+    """Send all samples in order, `batch` a call, one call at a time; each sample's latency is its call's."""
+    done = Pass(len(payloads))
     with grpc.insecure_channel(address) as channel:
         edge = edge_pb2_grpc.EdgeStub(channel)
-        for start in range(0, len(texts), batch):
+        for start in range(0, len(payloads), batch):
             samples = [
-                edge_pb2.InferSample(payload=sample_pb2.Payload(text=text), route=int(route))  # type: ignore[arg-type]
-                for text in texts[start : start + batch]
+                edge_pb2.InferSample(payload=payload_to_proto(payload), route=int(route))  # type: ignore[arg-type]
+                for payload in payloads[start : start + batch]
             ]
             began = time.perf_counter()
             reply = edge.Infer(edge_pb2.InferRequest(samples=samples), timeout=_DEADLINE_S)

@@ -48,7 +48,7 @@ from kcm.app.evaluation.measure import (
 from kcm.app.models import load_small_kind
 from kcm.app.progress import Steps
 from kcm.task import Task
-from training.data import Split, load_split
+from training.data import Split, identity, load_split
 from training.evaluate import wilson
 from training.groups import by_group, frequency_groups, rescued
 from training.protocol import OURS, SCHEMA, SEEDS, at_target, measure, spread
@@ -83,7 +83,7 @@ def assemble(folders: Sequence[Path], runs: Sequence[Run], large_folder: Path, s
         done.append(evaluate_run(folder, run, features, test, large_right, labelled))
     steps("figures, bootstrap")
     first = done[0]
-    sizes = [message_sizes(e.run, e.test, test.texts, e.score <= e.run.threshold.epsilon) for e in done]
+    sizes = [message_sizes(e.run, e.test, test.payloads, e.score <= e.run.threshold.epsilon) for e in done]
     result: Json = {
         "schema": SCHEMA,
         "kcm_version": version("kcm"),
@@ -124,7 +124,7 @@ def _run(e: Evaluated) -> Json:
         "seed": e.run.info.seed,
         "round": e.run.info.round,
         "kcm_version": e.run.info.kcm_version,
-        "fitted_on": len(e.run.texts),
+        "fitted_on": len(e.run.payloads),
         "fitted_on_labels": int(e.run.labelled.sum()),
         "epsilon": threshold.epsilon,
         "epsilon_by": threshold.method,
@@ -189,11 +189,11 @@ def _bytes_up(sizes: Sequence[Sequence[int]], requests: int) -> Json:
 
 
 def _latency(e: Evaluated, kind: Any, large: Large, test: Split) -> Json:
-    milliseconds, what = local_latency(e.run, kind, test.texts)
+    milliseconds, what = local_latency(e.run, kind, test.payloads)
     return {
         "machine": machine(),
         "local": _percentiles(milliseconds, what),
-        "cloud": _percentiles(large.latency(test.texts), "the large model in this process: no network, no batching"),
+        "cloud": _percentiles(large.latency(test.payloads), "the large model in this process: no network, no batching"),
         "degraded": None,
         "degraded_note": "not measured: a degraded answer is the local one, given when the cloud's deadline has passed",
     }
@@ -243,8 +243,8 @@ def _warnings(done: Sequence[Evaluated], test: Split, large: Large, result: Json
     if len(absent):
         named = ", ".join(task.labels[i] for i in absent[:5]) + (", …" if len(absent) > 5 else "")
         found.append(f"{len(absent)} of {len(task.labels)} labels never occur in the test split ({named}): nothing is known about them")
-    seen = set(done[0].run.texts)
-    known = sum(text in seen for text in test.texts)
+    seen = set(map(identity, done[0].run.payloads))
+    known = sum(identity(payload) in seen for payload in test.payloads)
     if known:
         found.append(f"{known} test texts are also texts that the run was fitted on: its figures are too good")
     if any(e.run.threshold.method == "fixed" for e in done):

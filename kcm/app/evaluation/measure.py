@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 
 from cloud_server.models import LargeModel, load_large
 from kcm.app.progress import Steps
-from kcm.app.samples import fresh_texts
+from kcm.app.samples import fresh_payloads
 from kcm.errors import ConfigError, MissingExtraError
 from kcm.policy import gate_hint
 from kcm.preprocess import load_preprocessor
-from kcm.sample import Hint, Purpose, payload_to_proto, scores_to_proto
+from kcm.sample import Hint, Payload, Purpose, payload_to_proto, scores_to_proto
 from kcm.task import Task
 from protos.kcm.v1 import cloud_pb2
 from training.calibrate import distinct, divide
-from training.data import Split, load_split
+from training.data import Split, identity, load_split
 from training.evaluate import auroc
 from training.fit import softmax
 from training.judge import Judge, Predictions, fit_judge, max_softmax
@@ -118,16 +118,16 @@ class Large:
         parts = []
         for start in range(0, len(split), _CHUNK):
             self._steps(f"large model: {split.name}, {start} of {len(split)}")
-            texts = split.texts[start : start + _CHUNK]
-            parts.append(self.model.logits(texts, [None] * len(texts)).argmax(1))
+            payloads = split.payloads[start : start + _CHUNK]
+            parts.append(self.model.logits(payloads, [None] * len(payloads)).argmax(1))
         right: NDArray[np.bool_] = np.concatenate(parts) == split.y
         return right
 
-    def latency(self, texts: Sequence[str]) -> list[float]:
+    def latency(self, payloads: Sequence[Payload]) -> list[float]:
         """Milliseconds per text, one at a time."""
-        for text in texts[:3]:
+        for text in payloads[:3]:
             self.model.logits([text], [None])
-        return [_milliseconds(lambda text=text: self.model.logits([text], [None])) for text in texts[:CLOUD_SAMPLES]]  # type: ignore[misc]
+        return [_milliseconds(lambda text=text: self.model.logits([text], [None])) for text in payloads[:CLOUD_SAMPLES]]  # type: ignore[misc]
 
 
 def labelled_split(task: Task) -> Split | None:
@@ -137,20 +137,20 @@ def labelled_split(task: Task) -> Split | None:
     whole = distinct(load_split(task, "calibration"))
     if not task.data.selection:
         return divide(whole)[1] or None
-    shared = set(load_split(task, "selection").texts)
-    return whole.take([i for i, text in enumerate(whole.texts) if text not in shared]) or None
+    shared = set(map(identity, load_split(task, "selection").payloads))
+    return whole.take([i for i, payload in enumerate(whole.payloads) if identity(payload) not in shared]) or None
 
 
 class Features:
     """A small model's features, made once for the same texts: seeds share most of them."""
 
     def __init__(self, kind: Small) -> None:
-        self._kind, self._known = kind, dict[tuple[str, ...], Any]()
+        self._kind, self._known = kind, dict[tuple[Payload, ...], Any]()
 
-    def predict(self, run: Run, texts: Sequence[str]) -> Predictions:
-        key = tuple(texts)
+    def predict(self, run: Run, payloads: Sequence[Payload]) -> Predictions:
+        key = tuple(payloads)
         if key not in self._known:
-            self._known[key] = self._kind.featurise(texts)
+            self._known[key] = self._kind.featurise(payloads)
         return self._kind.predict(run.small, self._known[key])
 
 
@@ -167,12 +167,12 @@ def evaluate_run(
     Args:
         labelled: calibration samples with labels, and the large model's correctness there.
     """
-    predictions = features.predict(run, test.texts)
+    predictions = features.predict(run, test.payloads)
     small_right = predictions.logits.argmax(1) == test.y
-    fresh = fresh_texts(run)
+    fresh = fresh_payloads(run)
     calibration = features.predict(run, fresh) if fresh else run.out_of_fold
     source = "fresh samples of the stream" if fresh else "out-of-fold predictions of its training texts"
-    kept = features.predict(run, labelled[0].texts) if labelled else None
+    kept = features.predict(run, labelled[0].payloads) if labelled else None
     own = run.out_of_fold.take(np.flatnonzero(run.labelled))
     own_right = own.logits.argmax(1) == run.targets[run.labelled].argmax(1)
     short_first = auroc(-own.length, own_right) if 0 < own_right.sum() < len(own_right) else 1.0
@@ -244,15 +244,15 @@ def _by_chance(*seed: int) -> Scorer:
     return lambda p: np.random.default_rng([*seed, zlib.crc32(p.logits.tobytes())]).random(len(p))
 
 
-def local_latency(run: Run, kind: Small, texts: Sequence[str]) -> tuple[list[float], str]:
+def local_latency(run: Run, kind: Small, payloads: Sequence[Payload]) -> tuple[list[float], str]:
     """Milliseconds per text, one at a time, from text to answer and C_x; and what answered: the exported graph, else the model in torch."""
     answer, what = _local(run, kind)
-    for text in texts[:10]:
+    for text in payloads[:10]:
         answer(text)
-    return [_milliseconds(lambda text=text: answer(text)) for text in texts[:LOCAL_SAMPLES]], what  # type: ignore[misc]
+    return [_milliseconds(lambda text=text: answer(text)) for text in payloads[:LOCAL_SAMPLES]], what  # type: ignore[misc]
 
 
-def _local(run: Run, kind: Small) -> tuple[Callable[[str], object], str]:
+def _local(run: Run, kind: Small) -> tuple[Callable[[Payload], object], str]:
     try:
         from export.bundle import CANDIDATES, fuse
         from export.precisions import tokenizer_json
@@ -283,7 +283,7 @@ def machine() -> str:
     return f"{model}, {os.cpu_count()} cores, {platform.system()}, one thread a model{load}"
 
 
-def message_sizes(run: Run, predictions: Predictions, texts: Sequence[str], escalated: NDArray[np.bool_]) -> list[int]:
+def message_sizes(run: Run, predictions: Predictions, payloads: Sequence[Payload], escalated: NDArray[np.bool_]) -> list[int]:
     """Bytes of each escalated sample's message as the edge builds it, its hint through the gate."""
     from export.bundle import CANDIDATES
 
@@ -300,7 +300,7 @@ def message_sizes(run: Run, predictions: Predictions, texts: Sequence[str], esca
             purpose=int(Purpose.LIVE),  # type: ignore[arg-type]
             p_escalate=1.0,
             hint=None if shown is None else shown.to_proto(),
-            payload=payload_to_proto(texts[row]),
+            payload=payload_to_proto(payloads[row]),
             small=scores_to_proto(predictions.logits[row], task.label_space),
             confidence=float(confidence[row]),
             bundle_id=_BUNDLE_ID,

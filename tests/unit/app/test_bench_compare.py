@@ -20,12 +20,20 @@ def at(median: float, half: float = 0.02) -> dict[str, float]:
     return {"median": median, "low": median * (1 - half), "high": median * (1 + half)}
 
 
-def write(path: Path, /, bundle: dict[str, str] | None = None, machine: dict[str, Any] | None = None, **figures: dict[str, float]) -> Path:
+def write(
+    path: Path,
+    /,
+    bundle: dict[str, str] | None = None,
+    machine: dict[str, Any] | None = None,
+    repeats: int = 15,
+    **figures: dict[str, float],
+) -> Path:
     """A file with every ratio at 2, and `figures` instead."""
     single = {"rss_mb": at(120), "cold_start_s": at(1.5)}
     content = {
         "schema": SCHEMA,
         "kind": KIND,
+        "repeats": repeats,
         "ratios": {name: figures.get(name, at(2)) for name in RATIOS},
         "spread": {name: figures.get(name, value) for name, value in single.items()},
         "bundle": {**BUNDLE, **(bundle or {})},
@@ -85,6 +93,17 @@ def test_the_tolerance_can_be_set(kcm: Kcm, tmp_path: Path) -> None:
 def test_a_slow_start_alone_is_shown_and_not_judged(kcm: Kcm, tmp_path: Path) -> None:
     """Wall time: it hangs on who else is busy."""
     assert verdicts(kcm, write(tmp_path / "a.json"), write(tmp_path / "b.json", cold_start_s=at(9))) == (0, {})
+
+
+@pytest.mark.parametrize(("before", "after", "said"), [(1, 15, "A has"), (15, 1, "B has"), (1, 1, "A has"), (2, 2, "")])
+def test_a_file_of_one_repeat_has_no_spread_and_a_warning_says_so(kcm: Kcm, tmp_path: Path, before: int, after: int, said: str) -> None:
+    a, b = write(tmp_path / "a.json", repeats=before), write(tmp_path / "b.json", repeats=after, decision_over_run=at(3, 0))
+    code, out, err = kcm("bench", "compare", a, b)
+    assert code == 6 and "worse: decision_over_run" in out
+    assert err == "" if not said else f"warning: {said} one repeat: no spread tells noise from change" in err and "--repeats 15" in err
+    assert (before, after) != (1, 1) or "; B has one repeat" in err
+    warning = json.loads(kcm("bench", "compare", a, b, "--json")[1])["warning"]
+    assert warning == "" if not said else said in warning
 
 
 @pytest.mark.parametrize(

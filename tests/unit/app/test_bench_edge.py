@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from vision_kit import fixed_bundle
 
-from kcm.app.bench.figures import ALSO, RATIOS
+from kcm.app.bench.figures import ALSO, IMAGE_ALSO, IMAGE_RATIOS, RATIOS
 
 Kcm = Callable[..., tuple[int, str, str]]
 SPREAD = {"median", "low", "high"}
@@ -38,6 +39,26 @@ def test_one_repeat_fills_every_figure(kcm: Kcm, bundle_dir: Path, tmp_path: Pat
 
     code, out, _ = kcm("bench", "compare", tmp_path / "out", tmp_path / "out")
     assert code == 0 and "nothing is worse" in out
+
+
+@pytest.mark.slow
+def test_a_bundle_of_images_is_measured_on_pixels_and_files(kcm: Kcm, tmp_path: Path) -> None:
+    code, out, err = kcm("bench", "edge", "--bundle", fixed_bundle(tmp_path), "--repeats", 1, "--json", "--out", tmp_path / "out")
+    assert code == 0 and err == ""
+    said = json.loads(out)
+    assert set(said["ratios"]) == set(IMAGE_RATIOS) and set(said["also"]) == set(IMAGE_ALSO)
+    assert not any("text" in name for name in (*said["ratios"], *said["also"], *said["figures"]))
+    for group in ("ratios", "also", "spread", "figures"):
+        for name, found in said[group].items():
+            assert set(found) == SPREAD and all(math.isfinite(value) and value > 0 for value in found.values()), name
+    figures = {name: found["median"] for name, found in said["figures"].items()}
+    assert said["preprocess_us"] == figures["preprocess"] and said["preprocess_photo_us"] == figures["preprocess_photo"]
+    assert figures["preprocess_photo"] > figures["preprocess"] > 0, "a JPEG of 640 × 480 takes scaling too"
+    assert figures["photo_decision"] > figures["image_decision"] > figures["decision"]
+    judged = {"decision_over_run", "judge_over_mlp_b1", "judge_over_mlp_b256", "effkan_over_judge_b1", "cold_start_s", "judge_nodes"}
+    assert set(said["bars"]) == judged
+    code, out, _ = kcm("bench", "compare", tmp_path / "out", tmp_path / "out")
+    assert code == 0 and "image_decision_over_run" in out and "nothing is worse" in out
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def test_with_a_large_model_the_head_is_chosen_on_samples_that_epsilon_never_see
     said = calibrate(run, "--accuracy", 0.3, "--large", large, "--hint", "none")
     threshold = load_run(run).threshold
     selection, rest = divide(distinct(load_split(load_run(run).task, "calibration")))
-    assert len(selection) + len(rest) == SIZES["calibration"] and not set(selection.texts) & set(rest.texts)
+    assert len(selection) + len(rest) == SIZES["calibration"] and not set(selection.payloads) & set(rest.payloads)
     assert threshold.head.samples == len(selection) and threshold.samples == len(rest)
     assert threshold.hint.arm == "none" and threshold.hint.reason == "set by hand" and threshold.hint.no_hint == 0.02
     assert threshold.teacher_id.startswith("encoder-") and threshold.reference is not None
@@ -74,7 +74,7 @@ def test_with_a_large_model_the_head_is_chosen_on_samples_that_epsilon_never_see
 def _large_accuracy(run: Path, large: Path, split: Split) -> float:
     from cloud_server.models import load_large
 
-    return float((load_large(large).logits(split.texts, [None] * len(split)).argmax(1) == split.y).mean())
+    return float((load_large(large).logits(split.payloads, [None] * len(split)).argmax(1) == split.y).mean())
 
 
 @pytest.mark.parametrize("head", ["benefit", "correctness", "max-softmax"])
@@ -149,7 +149,7 @@ def test_what_does_not_fit_together_is_refused(run: Path, arguments: list[str], 
 
 def test_a_text_that_comes_twice_is_one_witness() -> None:
     split = Split("calibration", ["a", "b", "a", "c"], np.array([0, 1, 2, 3]))
-    assert distinct(split).texts == ["a", "b", "c"] and distinct(split).y.tolist() == [0, 1, 3]
+    assert distinct(split).payloads == ["a", "b", "c"] and distinct(split).y.tolist() == [0, 1, 3]
 
 
 def test_the_reference_counts_agreement_on_both_sides_of_epsilon() -> None:
@@ -165,7 +165,7 @@ def test_truths_that_applications_told_choose_the_head(run: Path, tmp_path: Path
     loaded = load_run(run)
     task = loaded.task
     rng = np.random.default_rng(0)
-    told = [(text, label) for text, label in sentences(600, seed=77) if text not in set(loaded.texts)]
+    told = [(text, label) for text, label in sentences(600, seed=77) if text not in set(loaded.payloads)]
     rows, labels = [], {}
     for place, (text, label) in enumerate(told):
         truth = task.labels.index(label)
@@ -199,10 +199,10 @@ def test_a_promise_is_of_the_answers_under_the_gate(run: Path, tiny_task: Path, 
     loaded, large = load_run(run), load_large(tmp_path / "large")
     split = distinct(load_split(loaded.task, "calibration"))
     kind = load_small_kind(loaded.task, lambda _: None)
-    predictions = kind.predict(loaded.small, kind.featurise(split.texts))
+    predictions = kind.predict(loaded.small, kind.featurise(split.payloads))
     hints = small_hints(predictions.logits, loaded.judge.confidence(predictions))
-    with_hints = large.logits(split.texts, hints).argmax(1) == split.y
-    without = large.logits(split.texts, [None] * len(split)).argmax(1) == split.y
+    with_hints = large.logits(split.payloads, hints).argmax(1) == split.y
+    without = large.logits(split.payloads, [None] * len(split)).argmax(1) == split.y
     assert (with_hints != without).any(), "a model that doesn't listen would make this test empty"
     assert said["curve"]["1.0"]["accuracy"] == pytest.approx(with_hints.mean())  # type: ignore[index]
 
@@ -212,7 +212,7 @@ def test_the_answers_that_epsilon_was_weighed_on_stay_with_the_run_for_other_pre
     calibrate(run, "--accuracy", 0.3, "--large", large, "--hint", "none")
     rest = divide(distinct(load_split(load_run(run).task, "calibration")))[1]
     kept = load_run(run).answered
-    assert kept is not None and kept.texts == rest.texts and np.array_equal(kept.labels, rest.y)
+    assert kept is not None and kept.payloads == rest.payloads and np.array_equal(kept.labels, rest.y)
     assert (kept.large == kept.labels).mean() == pytest.approx(_large_accuracy(run, large, rest))
     narrow = load_bundle(_exported(run, run.parent / "bundle")).calibration
     assert all(narrow[p].method == "accuracy" and narrow[p].samples == len(rest) for p in ("fp32", "fp16", "int8"))

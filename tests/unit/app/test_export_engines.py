@@ -37,14 +37,15 @@ def test_every_precision_is_built_for_every_target_and_kept_in_the_cache(kcm: Kc
         (("--engine", "onnx-cuda"), 3, "can't be built"),
         (("--target", "sm89"), 3, "--target goes with an engine"),
         (("--engine", "tensorrt", "--target", "sm89"), 3, "--target is TensorRT-RTX's"),
-        (("--engine", "tensorrt-rtx", "--target", "sm87"), 10, "no target 'sm87'"),
+        (("--engine", "tensorrt-rtx", "--target", "sm87"), 3, "no target 'sm87'"),
+        (("--engine", "tensorrt-rtx", "--target", "BAD"), 3, "one of sm75, sm80, sm86, sm89, sm120"),
         (("--precision", "fp8"), 3, "precision 'fp8' is unknown"),
     ],
 )
 def test_what_can_not_be_built_is_said_before_the_export(
     kcm: Kcm, tiny_run_dir: Path, tmp_path: Path, flags: tuple[str, ...], code: int, message: str
 ) -> None:
-    if "sm87" in flags:
+    if "tensorrt-rtx" in flags:
         pytest.importorskip("tensorrt_rtx", reason="needs kcm[tensorrt-rtx]")
     got, _, err = kcm("export", tiny_run_dir, "--out", tmp_path / "b", *flags)
     assert (got, not (tmp_path / "b").exists()) == (code, True) and message in err
@@ -56,3 +57,10 @@ def test_without_a_gpu_it_names_the_way_that_is_left(kcm: Kcm, tiny_run_dir: Pat
     assert code == 10 and "--target sm89" in err
     code, _, err = kcm("export", tiny_run_dir, "--out", tmp_path / "b", "--engine", "tensorrt")
     assert code == 10 and "run kcm edge on the device" in err
+
+
+@pytest.mark.parametrize(("precision", "then"), [("fp32", "kcm edge --bundle"), ("fp32,int8", "kcm verify")])
+def test_one_next_step_is_named(kcm: Kcm, tiny_run_dir: Path, tmp_path: Path, precision: str, then: str) -> None:
+    code, out, err = kcm("export", tiny_run_dir, "--out", tmp_path / "b", "--precision", precision)
+    assert code == 0, err
+    assert out.count("next: ") == 1 and f"next: {then}" in out

@@ -52,7 +52,7 @@ def deaf(task: Task, tmp_path_factory: pytest.TempPathFactory) -> LargeModel:
 def labelled(tiny_run: Run, task: Task) -> tuple[Split, Predictions]:
     split = load_split(task, "calibration")
     kind = Ngrams(task, None)
-    return split, kind.predict(tiny_run.small, kind.featurise(split.texts))
+    return split, kind.predict(tiny_run.small, kind.featurise(split.payloads))
 
 
 def test_the_gate_weighs_what_the_large_model_answers_to_escalated_samples(
@@ -65,7 +65,7 @@ def test_the_gate_weighs_what_the_large_model_answers_to_escalated_samples(
     gate = gate_for(tiny_run, causal, split, predictions, epsilon, said.append)
     rows = np.flatnonzero(score <= epsilon)
     assert gate.samples == len(rows) and len(said) == 3
-    texts, y = [split.texts[i] for i in rows], split.y[rows]
+    texts, y = [split.payloads[i] for i in rows], split.y[rows]
     hints = small_hints(predictions.logits[rows], tiny_run.judge.confidence(predictions.take(rows)))
     alone = [msgspec.structs.replace(h, label_ids=h.label_ids[:1], probabilities=h.probabilities[:1]) for h in hints]
     accuracies = {}
@@ -78,7 +78,7 @@ def test_the_gate_weighs_what_the_large_model_answers_to_escalated_samples(
 def test_answers_that_are_known_are_not_asked_for_again(tiny_run: Run, causal: LargeModel, labelled: tuple[Split, Predictions]) -> None:
     split, predictions = labelled
     said: list[str] = []
-    known = causal.logits(split.texts, [None] * len(split))
+    known = causal.logits(split.payloads, [None] * len(split))
     gate = gate_for(tiny_run, causal, split, predictions, 1.0, said.append, plain=known)
     assert len(said) == 2 and gate == gate_for(tiny_run, causal, split, predictions, 1.0, lambda _: None)
     perfect = gate_for(tiny_run, causal, split, predictions, 1.0, lambda _: None, plain=one_hot(split.y, len(tiny_run.task.labels)))
@@ -117,7 +117,7 @@ def test_hints_are_those_that_the_exported_graph_makes(tiny_run: Run, labelled: 
     split, predictions = labelled
     hints = small_hints(predictions.logits, tiny_run.judge.confidence(predictions))
     preprocessor = load_preprocessor(tiny_run.task.preprocess, {})
-    made = Session(fuse(tiny_run, CANDIDATES)).run(preprocessor.batch(split.texts))
+    made = Session(fuse(tiny_run, CANDIDATES)).run(preprocessor.batch(split.payloads))
     np.testing.assert_array_equal([hint.label_ids for hint in hints], made["top_ids"])
     np.testing.assert_allclose([hint.probabilities for hint in hints], made["top_probs"], atol=1e-5)
     np.testing.assert_allclose([hint.confidence for hint in hints], made["confidence"], atol=1e-5)
@@ -142,7 +142,7 @@ def test_an_encoder_learns_from_hints_of_both_kinds_and_from_none(task: Task) ->
     assert seen["none"] / 252 == pytest.approx(0.3, abs=0.1)
     for arm in ("candidates", "assertion"):
         assert seen[arm] / 252 == pytest.approx(0.35, abs=0.1)
-    own = set(load_split(task, "train").texts)
-    answers = [(text, label, pair) for text, label, pair in zip(train.texts, train.y, pairs, strict=True) if pair and "answers" in pair]
+    own = set(load_split(task, "train").payloads)
+    answers = [(text, label, pair) for text, label, pair in zip(train.payloads, train.y, pairs, strict=True) if pair and "answers" in pair]
     wrong = [task.labels[label] not in pair for text, label, pair in answers if text in own]
     assert any(wrong), "hints for the edge's own rows come from models that hadn't seen them, so some are wrong"

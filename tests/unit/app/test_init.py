@@ -141,7 +141,7 @@ def test_the_splits_of_a_built_in_task_keep_their_promises(tmp_path: Path) -> No
     write_task(tmp_path, "corpus", Recipe(("", ""), 3, 60, 20, "A corpus"), corpus(200, 0), [*corpus(50, 1), ("odd", "unknown label")])
     task = load_task(tmp_path)
     parts = {name: load_split(task, name) for name in ("train", "large_train", "stream", "calibration", "test")}
-    texts = {name: set(part.texts) for name, part in parts.items()}
+    texts = {name: set(part.payloads) for name, part in parts.items()}
     assert {name: len(part) for name, part in parts.items()} == {
         "train": 21,
         "large_train": 60,

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 from cuda.bindings import runtime
 from tensorrt_kit import Gpu, fake_gpu
+from vision_kit import fixed_bundle
 
 from benchmarks import gpu_check
 from edge_runtime.engines.chain import BACKENDS
 from edge_runtime.engines.cuda import why_no_device
 from edge_runtime.engines.onnx import OrtBackend, OrtEngine
 from edge_runtime.engines.protocol import Outputs
+from edge_runtime.golden import golden_payloads
 from kcm.bundle import load_bundle
 from kcm.preprocess import Inputs, load_preprocessor
 
@@ -181,7 +183,28 @@ def test_parity_excuses_ties_and_what_lies_near_epsilon(scores: list[float], bes
 def test_the_random_batches_span_what_the_bundle_allows(bundle_dir: Path) -> None:
     bundle = load_bundle(bundle_dir)
     preprocessor, largest = load_preprocessor(bundle.task.preprocess, bundle.files), bundle.manifest.graph.max_batch
-    batches = gpu_check.random_batches(preprocessor, gpu_check.golden_texts(bundle), largest, seed=0)
+    batches = gpu_check.random_batches(preprocessor, list(golden_payloads(bundle.files["golden.npz"])), largest, seed=0)
     shapes = {next(iter(inputs.values())).shape for inputs in batches}
     assert {rows for rows, _ in shapes} >= {1, largest} and len({rows for rows, _ in shapes}) > 10
     assert min(length for _, length in shapes) == 1 and max(length for _, length in shapes) > 100
+
+
+def test_a_bundle_of_images_is_checked_on_pixels(tmp_path: Path) -> None:
+    bundle = load_bundle(fixed_bundle(tmp_path))
+    report = gpu_check.check(bundle, "fp32", {"stand-in": StandIn("onnx-cpu")}, repeats=1)
+    found = report.engines["stand-in"]
+    assert report.exit_code() == 0 and found["parity"]["ok"] and found["parity"]["samples"] > 100
+    assert set(found["us"]) == {"1", "8", "32"}
+    report = gpu_check.check(bundle, "fp32", {"broken": BrokenWhenLarge("onnx-cpu")}, repeats=1)
+    assert report.exit_code() == 6 and not report.failed
+
+
+def test_random_pixels_reach_both_ends_and_move_the_answer(tmp_path: Path) -> None:
+    bundle = load_bundle(fixed_bundle(tmp_path))
+    preprocessor = load_preprocessor(bundle.task.preprocess, {})
+    batches = gpu_check.random_batches(preprocessor, [], bundle.manifest.graph.max_batch, seed=0)
+    images = np.concatenate([batch["image"] for batch in batches])
+    assert images.dtype == np.uint8 and images.min() == 0 and images.max() == 255
+    assert {1, bundle.manifest.graph.max_batch} <= {len(batch["image"]) for batch in batches}
+    outputs = OrtBackend("onnx-cpu").load(bundle.model("fp32"), bundle.manifest.graph, 3).infer({"image": images})
+    assert len(np.unique(outputs.top_ids[:, 0])) == 3

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloud_server.batcher import Batcher, Closed, DeadlinePassed, ModelFailed, Overloaded, Urgency
+from cloud_server.batcher import Batcher, Closed, DeadlinePassed, ModelFailed, Overloaded, Unreadable, Urgency
 from kcm.sample import Float32, Hint
 
 NONE: list[Hint | None] = [None]
@@ -255,5 +255,152 @@ def test_drain_answers_what_waits() -> None:
         await asyncio.sleep(0.01)
         await batcher.drain()
         assert all(len(got) == 1 for got in await asyncio.wait_for(asyncio.gather(*calls), 1))
+
+    asyncio.run(play())
+
+
+class Reader:
+    """Reads a payload by turning it round, in the batcher's own threads. Holds those that it was told to, refuses "bad" ones."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.go.set()
+        self.seen: list[str] = []
+
+    def __call__(self, payload: Any) -> str:
+        self.seen.append(payload)
+        self.go.wait(20)
+        if "bad" in payload:
+            raise ValueError("it is bad")
+        return payload[::-1]
+
+
+def _reading(reader: Reader, *, max_queue: int = 64, readers: int = 1, **more: Any) -> Batcher:
+    return Batcher(rows, max_batch=4, max_queue=max_queue, read=reader, readers=readers, **more)
+
+
+@pytest.mark.parametrize("readers", [1, 3])
+@pytest.mark.parametrize("number", [1, 8, 9, 50])
+def test_payloads_are_read_before_they_queue_and_keep_their_order(number: int, readers: int) -> None:
+    async def play() -> None:
+        told: list[int] = []
+        batcher = _reading(Reader(), readers=readers, on_read=lambda size, seconds: told.append(size))
+        texts = [f"text {place}" for place in range(number)]
+        got = await batcher.submit(texts, NONE * number, deadline=float("inf"))
+        np.testing.assert_array_equal(np.stack(got), rows([text[::-1] for text in texts], NONE * number))
+        assert told == [number]
+        await batcher.drain()
+
+    asyncio.run(play())
+
+
+def test_a_payload_that_cannot_be_read_costs_its_own_call_alone() -> None:
+    async def play() -> None:
+        reader = Reader()
+        batcher = _reading(reader)
+        texts = ["good"] * 11 + ["a bad one"]
+        calls = [batcher.submit(["fine"], NONE, deadline=float("inf")), batcher.submit(texts, NONE * 12, deadline=float("inf"))]
+        calls.append(batcher.submit(["fine too"], NONE, deadline=float("inf")))
+        first, bad, last = await asyncio.gather(*calls, return_exceptions=True)
+        assert isinstance(bad, Unreadable) and (bad.place, bad.reason) == (11, "it is bad")
+        np.testing.assert_array_equal(np.stack([first[0], last[0]]), rows(["enif", "oot enif"], NONE * 2))  # type: ignore[index]
+        assert batcher.idle
+        await batcher.drain()
+
+    asyncio.run(play())
+
+
+def test_what_is_being_read_counts_as_waiting_and_is_answered_by_a_drain() -> None:
+    async def play() -> None:
+        reader = Reader()
+        reader.go.clear()
+        batcher = _reading(reader, max_queue=3)
+        call = asyncio.ensure_future(batcher.submit(["a", "b"], NONE * 2, deadline=float("inf")))
+        await asyncio.sleep(0.05)
+        assert batcher.waiting == 2 and not batcher.idle
+        with pytest.raises(Overloaded, match="full"):
+            await batcher.submit(["c", "d"], NONE * 2, deadline=float("inf"))
+        assert "c" not in reader.seen, "what isn't taken in isn't read"
+        draining = asyncio.ensure_future(batcher.drain())
+        await asyncio.sleep(0.05)
+        assert not draining.done()
+        reader.go.set()
+        assert len(await call) == 2
+        # Not wait_for: drain() takes the cancellation for the worker's, and ends as if all were well.
+        assert (await asyncio.wait([draining], timeout=5))[0]
+
+    asyncio.run(play())
+
+
+def test_a_drain_ends_where_the_last_payload_cannot_be_read() -> None:
+    async def play() -> None:
+        reader = Reader()
+        reader.go.clear()
+        batcher = _reading(reader)
+        call = asyncio.ensure_future(batcher.submit(["bad"], NONE, deadline=float("inf")))
+        await asyncio.sleep(0.05)
+        draining = asyncio.ensure_future(batcher.drain())
+        await asyncio.sleep(0.05)
+        reader.go.set()
+        with pytest.raises(Unreadable):
+            await call
+        # Not wait_for: drain() takes the cancellation for the worker's, and ends as if all were well.
+        assert (await asyncio.wait([draining], timeout=5))[0]
+
+    asyncio.run(play())
+
+
+def test_a_call_whose_deadline_passes_while_it_is_read_is_dropped() -> None:
+    async def play() -> None:
+        clock, reader = Clock(), Reader()
+        reader.go.clear()
+        batcher = _reading(reader, clock=clock)
+        call = asyncio.ensure_future(batcher.submit([str(place) for place in range(30)], NONE * 30, deadline=1.0))
+        await asyncio.sleep(0.05)
+        clock.now = 2.0
+        reader.go.set()
+        with pytest.raises(DeadlinePassed):
+            await call
+        assert len(reader.seen) == 8, "the rest isn't read for nothing"
+        assert batcher.idle
+        await batcher.drain()
+
+    asyncio.run(play())
+
+
+def test_a_call_of_one_is_read_between_the_payloads_of_a_call_of_many() -> None:
+    async def play() -> None:
+        reader = Reader()
+        reader.go.clear()
+        batcher = _reading(reader)
+        many = asyncio.ensure_future(
+            batcher.submit([f"m{i}" for i in range(40)], NONE * 40, deadline=float("inf"), urgency=Urgency.BACKFILL)
+        )
+        await asyncio.sleep(0.02)
+        one = asyncio.ensure_future(batcher.submit(["one"], NONE, deadline=float("inf")))
+        await asyncio.sleep(0.02)
+        reader.go.set()
+        await asyncio.gather(many, one)
+        assert reader.seen.index("one") == 8
+        await batcher.drain()
+
+    asyncio.run(play())
+
+
+def test_a_cancelled_call_leaves_nothing_behind_while_it_is_read() -> None:
+    async def play() -> None:
+        reader = Reader()
+        reader.go.clear()
+        batcher = _reading(reader)
+        call = asyncio.ensure_future(batcher.submit(["a"] * 20, NONE * 20, deadline=float("inf")))
+        await asyncio.sleep(0.05)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert batcher.idle
+        reader.go.set()
+        assert len(await batcher.submit(["b"], NONE, deadline=float("inf"))) == 1
+        assert len(reader.seen) <= 9
+        await batcher.drain()
 
     asyncio.run(play())

@@ -45,7 +45,7 @@ def write(root: Path, rows: list[Row], plain: dict[str, int], truths: dict[str, 
     names = {sent.payload: sent.sample_id for sent in rows}
     for teacher in {sent.teacher_id for sent in rows}:
         waiting = store.unfilled(teacher, 10_000).result()
-        store.fill([(w.seq, says(plain[names[w.text]])) for w in waiting if names[w.text] in plain]).result()
+        store.fill([(w.seq, says(plain[names[w.payload]])) for w in waiting if names[w.payload] in plain]).result()
     store.tell("edge-1", rows[0].label_space, truths).result()
     store.close()
     compact(root, force=True)

@@ -87,7 +87,7 @@ def test_only_hinted_rows_wait_for_teacher_logits(store: TeacherStore) -> None:
     other = row("s3", hint_arm=HintArm.ASSERTION, teacher_id="another teacher")
     store.commit([row("s1"), hinted, other]).result()
     (waiting,) = store.unfilled("rule", 10).result()
-    assert waiting.text == "oil fell"
+    assert waiting.payload == "oil fell"
 
 
 def test_fill_scores_hinted_rows_without_the_hint_and_passes_over_one_that_the_model_fails_on(store: TeacherStore) -> None:
@@ -98,7 +98,7 @@ def test_fill_scores_hinted_rows_without_the_hint_and_passes_over_one_that_the_m
         model = cloud_kit.RuleModel()
         batcher = Batcher(model.logits, max_batch=4, max_queue=8)
         filling = asyncio.ensure_future(fill_when_idle(store, batcher, "rule", batch=4, pause_s=0.01))
-        await asyncio.to_thread(cloud_kit.wait_until, lambda: [r.text for r in store.unfilled("rule", 9).result()] == ["explode"])
+        await asyncio.to_thread(cloud_kit.wait_until, lambda: [r.payload for r in store.unfilled("rule", 9).result()] == ["explode"])
         filling.cancel()
         await batcher.drain()
         assert {hint for _, hint in model.calls} == {None}

@@ -22,6 +22,8 @@ from kcm.errors import BundleError
 from kcm.preprocess import Inputs
 from kcm.sample import Route, Sample, Source
 
+TOKENS = {"input_ids": 32, "attention_mask": 32}
+
 
 @pytest.fixture(scope="module")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -164,7 +166,7 @@ def test_golden_outputs_within_tolerance_are_taken(tmp_path: Path) -> None:
         ("logits", lambda a: np.full_like(a, np.nan), "logits differ by nan"),
         ("logits", lambda a: a[:-1], "other numbers of outputs"),
         ("top_ids", lambda a: a[:, ::-1], "golden input 0: candidate 0 is label 0, expected"),
-        ("offsets", lambda a: a * 100, "offsets outside its text"),
+        ("offsets", lambda a: a * 100, "offsets outside its inputs"),
         ("text", lambda a: a | 0x80, "isn't UTF-8"),
     ],
 )
@@ -187,6 +189,23 @@ def test_a_pickle_in_golden_is_refused(tmp_path: Path) -> None:
         EdgeRuntime.load(folder)
 
 
+@pytest.mark.parametrize("ngrams", [False, True])
+def test_a_graph_of_other_inputs_than_the_preprocessing_makes_is_refused(tmp_path: Path, ngrams: bool) -> None:
+    """A bundle of an older kcm: before its golden inputs are preprocessed in vain."""
+    folder = edge_kit.make_bundle(tmp_path / "b", ngrams=ngrams)
+    bundle = kcm.bundle.load_bundle(folder)
+    inputs = bundle.manifest.graph.inputs
+    for change in (dict(list(inputs.items())[:-1]), {**inputs, next(iter(inputs)): 5}):
+        graph = msgspec.structs.replace(bundle.manifest.graph, inputs=change)
+        kcm.bundle.write_manifest(folder, task=bundle.task, graph=graph, version="0")
+        with pytest.raises(BundleError, match=r"its graph reads .*; this kcm makes .* \(up to") as caught:
+            EdgeRuntime.load(folder)
+        assert caught.value.fix == "export it again with this kcm"
+        assert all(f"{name} (up to {longest})" in caught.value.message for name, longest in [*inputs.items(), *change.items()])
+    kcm.bundle.write_manifest(folder, task=bundle.task, graph=bundle.manifest.graph, version="0")
+    EdgeRuntime.load(folder)
+
+
 def test_external_tensors_never_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # In the working directory, where ONNX Runtime looks for the data of a model that came as bytes.
     table = np.zeros((2 + len(edge_kit._WORDS), 4), np.float32)
@@ -197,19 +216,19 @@ def test_external_tensors_never_load(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])  # without our option it does load
     with pytest.raises(BundleError, match="can't be loaded"):
-        OrtEngine(model, GraphSpec(inputs=("input_ids", "attention_mask"), candidates=3), 4)
+        OrtEngine(model, GraphSpec(inputs=TOKENS, candidates=3), 4)
 
 
 @pytest.mark.parametrize(
     ("spec", "classes", "message"),
     [
         (
-            GraphSpec(inputs=("ids", "weights"), candidates=3),
+            GraphSpec(inputs={"ids": 1, "weights": 1}, candidates=3),
             4,
             "the model reads input_ids, attention_mask; its manifest says ids, weights",
         ),
-        (GraphSpec(inputs=("input_ids", "attention_mask"), candidates=2), 4, "'top_ids' has shape"),
-        (GraphSpec(inputs=("input_ids", "attention_mask"), candidates=3), 5, "'logits' has shape"),
+        (GraphSpec(inputs=TOKENS, candidates=2), 4, "'top_ids' has shape"),
+        (GraphSpec(inputs=TOKENS, candidates=3), 5, "'logits' has shape"),
     ],
 )
 def test_a_model_of_another_signature_is_refused(spec: GraphSpec, classes: int, message: str) -> None:
@@ -219,7 +238,7 @@ def test_a_model_of_another_signature_is_refused(spec: GraphSpec, classes: int, 
 
 def test_a_file_that_is_no_model_is_refused() -> None:
     with pytest.raises(BundleError, match="can't be loaded"):
-        OrtEngine(b"not a model", GraphSpec(inputs=("input_ids",), candidates=1), 4)
+        OrtEngine(b"not a model", GraphSpec(inputs={"input_ids": 1}, candidates=1), 4)
 
 
 def test_the_runtime_reports_what_really_runs(runtime: EdgeRuntime) -> None:

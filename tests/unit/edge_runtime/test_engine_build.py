@@ -30,7 +30,8 @@ trt = pytest.importorskip("tensorrt_rtx", reason="pip install 'kcm[tensorrt-rtx]
 
 TABLE = np.random.default_rng(0).normal(0, 1, (3 * 1024, 4)).astype(np.float32)
 MODEL = edge_kit.graph(TABLE, ngrams=True)
-SPEC = BuildSpec(flavour="tensorrt-rtx", inputs=("ids", "weights"), max_batch=64, max_length=600, targets=("sm86",))
+INPUTS = {"ids": 600, "weights": 600, "words": 30, "word_weights": 30}
+SPEC = BuildSpec(flavour="tensorrt-rtx", inputs=INPUTS, max_batch=64, targets=("sm86",))
 
 
 def spec(**more: Any) -> BuildSpec:
@@ -85,12 +86,17 @@ def test_the_builder_is_told_what_the_spec_says(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("more", "says", "fix"),
     [
-        ({"max_batch": 0}, "max_batch of an engine is 0, must be at least 1", ""),
-        ({"max_length": -1}, "max_length of an engine is -1, must be at least 1", ""),
+        ({"max_batch": 0}, "max_batch of an engine is 0, must be 1 to 2147483647", ""),
+        # These the library refuses with a RuntimeError or TypeError, or takes modulo 2³².
+        ({"max_batch": 2**31}, "max_batch of an engine is 2147483648, must be 1 to 2147483647", ""),
+        ({"max_batch": 2**40}, "max_batch of an engine is 1099511627776, must be 1 to", ""),
+        ({"inputs": {**INPUTS, "ids": 2**70}}, "the largest length of 'ids' of an engine is 1180591620717411303424, must be 1 to", ""),
+        ({"workspace_mb": 2**50}, "workspace_mb of an engine is 1125899906842624, must be 1 to", ""),
+        ({"inputs": {**INPUTS, "words": -1}}, "the largest length of 'words' of an engine is -1, must be 1 to", ""),
         ({"workspace_mb": 0}, "workspace_mb of an engine is 0", ""),
         ({"targets": ("sm90",)}, r"tensorrt-rtx .* can't build for 'sm90'", "one of sm75, sm80, sm86, sm89, sm120"),
         ({"targets": ("current",)}, "can't build for 'current'", "one of sm75"),
-        ({"inputs": ("ids",)}, "the model reads ids, weights; its manifest says ids", ""),
+        ({"inputs": {"ids": 600}}, "the model reads ids, weights, words, word_weights; its manifest says ids", ""),
         ({"flavour": "tensorrt"}, "TensorRT builds for the GPU that it runs on, not for named targets", "use tensorrt-rtx"),
     ],
 )
@@ -101,7 +107,7 @@ def test_a_spec_that_makes_no_sense_is_refused(more: dict[str, Any], says: str, 
 
 
 def _unknown_op(graph: Any) -> None:
-    graph.node[5].op_type = "Softmaxx"
+    graph.node[7].op_type = "Softmaxx"
 
 
 def _fixed_batch(graph: Any) -> None:
@@ -110,16 +116,16 @@ def _fixed_batch(graph: Any) -> None:
 
 def _double(graph: Any) -> None:
     graph.output[0].type.tensor_type.elem_type = TensorProto.INT32
-    graph.node[4].output[0] = "wide"
-    graph.node.insert(5, helper.make_node("Cast", ["wide"], ["logits"], to=TensorProto.INT32))
-    graph.node[6].input[0] = "wide"
+    graph.node[6].output[0] = "wide"
+    graph.node.insert(7, helper.make_node("Cast", ["wide"], ["logits"], to=TensorProto.INT32))
+    graph.node[8].input[0] = "wide"
 
 
 BROKEN: dict[str, tuple[bytes, str]] = {
-    "unknown op": (changed(_unknown_op), r"can't parse the model: .*node 5 .*\(Softmaxx\)"),
+    "unknown op": (changed(_unknown_op), r"can't parse the model: .*node 7 .*\(Softmaxx\)"),
     "truncated": (MODEL[: len(MODEL) // 2], "can't parse the model: .*Failed to parse the ONNX model"),
     "no model": (b"no model", "can't parse the model: "),
-    "empty": (b"", "the model reads nothing; its manifest says ids, weights"),
+    "empty": (b"", "the model reads nothing; its manifest says ids, weights, words, word_weights"),
     "an output is missing": (
         changed(lambda graph: graph.output.pop()),
         "the model has no output 'score', only logits, top_ids, top_probs, confidence",
@@ -144,6 +150,12 @@ def test_a_model_that_cannot_be_built_says_where(case: str, tmp_path: Path, monk
         build_apart(model, SPEC)
 
 
+def test_the_largest_sizes_that_are_taken_do_build() -> None:
+    largest = 2**31 - 1
+    huge = spec(max_batch=largest, inputs=dict.fromkeys(INPUTS, largest), workspace_mb=largest)
+    assert build_plan(trt, MODEL, huge).report.size > 100_000
+
+
 def test_profiles_reach_from_one_to_the_largest_and_keep_what_is_fixed() -> None:
     for dims, shapes in {
         (-1, -1): ((1, 1), (8, 128), (64, 600)),
@@ -151,10 +163,11 @@ def test_profiles_reach_from_one_to_the_largest_and_keep_what_is_fixed() -> None
         (-1, 3, 224, 224): ((1, 3, 224, 224), (8, 3, 224, 224), (64, 3, 224, 224)),
         (-1, 3, -1, -1): ((1, 3, 1, 1), (8, 3, 128, 128), (64, 3, 600, 600)),
     }.items():
-        assert compile._shapes("x", dims, SPEC) == shapes
-    assert compile._shapes("x", (-1, -1), spec(max_batch=2, max_length=5)) == ((1, 1), (2, 5), (2, 5))
+        assert compile._shapes("ids", dims, SPEC) == shapes
+    assert compile._shapes("words", (-1, -1), SPEC) == ((1, 1), (8, 30), (64, 30)), "each input has its own longest"
+    assert compile._shapes("x", (-1, -1), spec(max_batch=2, inputs={"x": 5})) == ((1, 1), (2, 5), (2, 5))
     with pytest.raises(EngineError, match=r"has shape \[\]"):
-        compile._shapes("x", (), SPEC)
+        compile._shapes("ids", (), SPEC)
 
 
 def test_an_engine_of_images_builds() -> None:
@@ -170,7 +183,7 @@ def test_an_engine_of_images_builds() -> None:
     to = helper.make_tensor("to", TensorProto.FLOAT, (3, 4), np.eye(3, 4, dtype=np.float32).ravel())
     made = helper.make_graph(nodes, "images", [given], graph.output, [*graph.initializer, to])
     built = build_plan(
-        trt, helper.make_model(made, opset_imports=model.opset_import, ir_version=9).SerializeToString(), spec(inputs=("pixels",))
+        trt, helper.make_model(made, opset_imports=model.opset_import, ir_version=9).SerializeToString(), spec(inputs={"pixels": 1})
     )
     assert built.report.size > 10_000
 

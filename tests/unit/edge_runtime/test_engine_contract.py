@@ -23,9 +23,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, ValueInfoProto, helper
 from tensorrt_bindings import FLAVOURS, Api, NoBindingsError, load_api
 from tensorrt_kit import FAKES, Gpu, fake_gpu, fake_trt
 from tensorrt_watch import Watch
@@ -151,8 +152,9 @@ def driven(flavour: str) -> Watch:
 def built_all(watch: Watch, trt: Any, *, rtx: bool) -> None:
     """A plan, and what the parser and the builder refuse."""
     targets = ("sm86", "sm120") if rtx else ()
-    spec = BuildSpec(flavour="tensorrt-rtx" if rtx else "tensorrt", inputs=("x",), max_batch=8, max_length=16, targets=targets)
+    spec = BuildSpec(flavour="tensorrt-rtx" if rtx else "tensorrt", inputs={"x": 16}, max_batch=8, targets=targets)
     assert build_plan(trt, tiny_model(), spec).report.version == watch.api.version
+    assert build_plan(trt, tiny_image_model(), msgspec.structs.replace(spec, inputs={"image": 8})).report.size > 1e4
     for model, said in (
         (tiny_model("NoSuchOperator"), "can't parse"),
         (b"no model", "can't parse"),
@@ -167,18 +169,29 @@ def tiny_model(kind: str = "Relu", columns: int = 1) -> bytes:
     nodes = Nodes()
     y = nodes("Add", nodes(kind, "x"), np.zeros((1, columns), np.float32))
     logits = nodes("Concat", *[nodes("ReduceSum", y, np.array([1]), keepdims=1)] * 3, axis=1)
+    return with_outputs(nodes, logits, helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", "L"]))
+
+
+def tiny_image_model() -> bytes:
+    """image uint8 [B, 8, 8, 3] → the mean of each colour as logits, and the other outputs of a fused graph."""
+    nodes = Nodes()
+    logits = nodes("ReduceMean", nodes("Cast", "image", to=TensorProto.FLOAT), np.array([1, 2]), keepdims=0)
+    return with_outputs(nodes, logits, helper.make_tensor_value_info("image", TensorProto.UINT8, ["B", 8, 8, 3]))
+
+
+def with_outputs(nodes: Nodes, logits: str, given: ValueInfoProto) -> bytes:
     nodes("Identity", logits, out="logits")
     top, ids = nodes("TopK", logits, np.array([2]), axis=1, outputs=2)
     nodes("Identity", top, out="top_probs"), nodes("Identity", ids, out="top_ids")
     nodes("Identity", nodes("ReduceMax", logits, np.array([1]), keepdims=0), out="confidence")
     nodes("Identity", "confidence", out="score")
-    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", "L"])]
-    graph = helper.make_graph(nodes.nodes, "tiny", inputs, bundle_outputs(3, 2), nodes.initializers)
+    graph = helper.make_graph(nodes.nodes, "tiny", [given], bundle_outputs(3, 2), nodes.initializers)
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     return bytes(made.SerializeToString())
 
 
-GRAPH = GraphSpec(inputs=("x",), candidates=2, max_batch=8, max_length=16)
+GRAPH = GraphSpec(inputs={"x": 16}, candidates=2, max_batch=8)
+IMAGE_GRAPH = GraphSpec(inputs={"image": 8}, candidates=2, max_batch=8)
 
 
 def run_all(backend: TensorRTBackend, gpu: Gpu) -> None:
@@ -192,6 +205,13 @@ def run_all(backend: TensorRTBackend, gpu: Gpu) -> None:
         x = np.random.default_rng(batch).normal(size=(batch, length)).astype(np.float32)
         outputs = engine.infer({"x": x})
         np.testing.assert_allclose(outputs.logits, np.maximum(x, 0).sum(1, keepdims=True).repeat(3, 1), rtol=1e-5)
+    engine.close()
+    images = tiny_image_model()
+    gpu.put(backend._key(images, IMAGE_GRAPH), images)
+    engine = backend.load(images, IMAGE_GRAPH, 3)
+    for batch in (1, 8, 2):
+        x = np.random.default_rng(batch).integers(0, 256, (batch, 8, 8, 3), np.uint8)
+        np.testing.assert_allclose(engine.infer({"image": x}).logits, x.astype(np.float32).mean((1, 2)), rtol=1e-4)
     engine.close()
     for name in ("execute_async_v3", "set_input_shape", "set_tensor_address", "infer_shapes", "create_execution_context"):
         gpu.fail[name] = 1

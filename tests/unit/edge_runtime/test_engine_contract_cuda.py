@@ -94,7 +94,7 @@ rtx = TensorRTBackend("tensorrt-rtx")
 print("ready |", rtx.ready(model, graph))
 print("prepare |", said(lambda: rtx.prepare(model, graph)).replace("\\n", " "))
 print("load |", said(lambda: rtx.load(model, graph, classes)).replace("\\n", " "))
-spec = BuildSpec(flavour="tensorrt-rtx", inputs=graph.inputs, max_batch=8, max_length=64, targets=("sm86",))
+spec = BuildSpec(flavour="tensorrt-rtx", inputs=graph.inputs, max_batch=8, targets=("sm86",))
 plan = build_plan(trt, model, spec).plan
 for name, given in (("plan", plan), ("half", plan[:1000]), ("empty", b"")):
     for graphs in (False, True):

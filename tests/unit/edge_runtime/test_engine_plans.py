@@ -28,9 +28,8 @@ def key(**more: Any) -> PlanKey:
         version="1.7.1.116",
         target="sm86",
         flags=("strongly-typed", "no-tf32"),
-        inputs=("ids", "weights"),
+        inputs={"ids": 600, "weights": 600},
         max_batch=64,
-        max_length=600,
         workspace_mb=1024,
     )
     return msgspec.structs.replace(base, **more)
@@ -63,9 +62,9 @@ def test_the_cache_lies_in_the_users_cache_folder(monkeypatch: pytest.MonkeyPatc
         ({"version": "1.8.0"}, "version 1.7.1.116, wanted 1.8.0"),
         ({"target": "sm89"}, "target sm86, wanted sm89"),
         ({"max_batch": 128}, "max_batch 64, wanted 128"),
-        ({"max_length": 5}, "max_length 600, wanted 5"),
+        ({"inputs": {"ids": 600, "weights": 5}}, r"inputs ids:600\+weights:600, wanted ids:600\+weights:5"),
         ({"flags": ("strongly-typed",)}, r"flags strongly-typed\+no-tf32, wanted strongly-typed"),
-        ({"inputs": ("ids",)}, r"inputs ids\+weights, wanted ids"),
+        ({"inputs": {"ids": 600}}, r"inputs ids:600\+weights:600, wanted ids:600"),
         ({"workspace_mb": 1}, "workspace_mb 1024, wanted 1"),
         ({"version": "2", "target": "sm120"}, "version 1.7.1.116, wanted 2, target sm86, wanted sm120"),
     ],
@@ -114,7 +113,7 @@ DAMAGE: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
         _edit(lambda found: found["key"].update(version="9.9")),
         "is of another engine: version 9.9, wanted 1.7.1.116",
     ),
-    "sidecar of another schema": (_edit(lambda found: found["key"].update(schema=2)), "is of another engine: schema 2, wanted 1"),
+    "sidecar of another schema": (_edit(lambda found: found["key"].update(schema=1)), "is of another engine: schema 1, wanted 2"),
     "sidecar with more": (_edit(lambda found: found.update(more=1)), "it can't be read: Object contains unknown field `more`"),
     "sidecar of another plan": (_edit(lambda found: found.update(sha256="0" * 64)), "another sha256"),
     "sidecar of another size": (_edit(lambda found: found.update(size=10)), "its plan has 11 bytes, its sidecar says 10"),
@@ -184,6 +183,36 @@ def test_what_a_broken_write_left_goes(cache: PlanCache) -> None:
     cache.write(key(max_batch=1), PLAN, 1.0)
     assert [path.exists() for path in (old, fresh, orphan, broken)] == [False, True, False, False]
     assert cache.read(key()) == cache.read(key(max_batch=1)) == PLAN
+
+
+def test_a_build_that_failed_is_remembered_by_its_key_until_it_succeeds(cache: PlanCache) -> None:
+    assert cache.failures() == [] and cache.failed(key()) is None and not cache.folder.exists()
+    cache.note_failure(key(), "the builder was killed by SIGSEGV")
+    found = cache.failed(key())
+    assert found is not None and (found.key, found.reason) == (key(), "the builder was killed by SIGSEGV")
+    for other in (key(model="0" * 64), key(version="2"), key(target="sm89"), key(max_batch=1)):
+        assert cache.failed(other) is None, "another model, library, GPU or profile may build"
+    cache.write(key(max_batch=1), PLAN, 1.0)
+    assert cache.failures() == [found], "another plan says nothing of it"
+    cache.write(key(), PLAN, 1.0)
+    assert cache.failures() == [] and not cache.failure_file(key()).exists()
+
+
+def test_removing_the_file_forgets_a_failure_and_a_damaged_one_counts_for_nothing(cache: PlanCache) -> None:
+    cache.note_failure(key(), "no")
+    cache.failure_file(key()).unlink()
+    assert cache.failed(key()) is None
+    cache.note_failure(key(), "no")
+    cache.failure_file(key()).write_bytes(b"{")
+    assert cache.failed(key()) is None
+
+
+def test_failures_are_few(cache: PlanCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter(f"2026-11-24T15:00:{second:02}Z" for second in range(60))
+    monkeypatch.setattr("edge_runtime.engines.plans._now", lambda: next(times))
+    for batch in range(1, 21):
+        cache.note_failure(key(max_batch=batch), "no")
+    assert [failure.key.max_batch for failure in cache.failures()] == list(range(5, 21))
 
 
 def test_a_write_that_dies_half_way_changes_nothing(cache: PlanCache, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ pytest.importorskip("cuda.bindings", reason="needs cuda-bindings: pip install 'k
 import edge_kit
 from onnx import TensorProto, helper, load_from_string
 from tensorrt_kit import Gpu, fake_gpu
+from vision_kit import fixed_bundle, tinted
 
 import edge_runtime.engines.execute as execute
 from edge_runtime import EdgeRuntime
@@ -35,13 +36,13 @@ from edge_runtime.engines.compile import BuildSpec
 from edge_runtime.engines.onnx import OrtEngine
 from edge_runtime.engines.protocol import Outputs
 from edge_runtime.engines.tensorrt import TensorRTBackend
-from kcm.bundle import GraphSpec
+from kcm.bundle import GraphSpec, load_bundle
 from kcm.errors import BundleError, EngineError
 from kcm.preprocess import Inputs
 from kcm.sample import Sample
 
 CLASSES = len(edge_kit.LABELS)
-GRAPH = GraphSpec(inputs=("input_ids", "attention_mask"), candidates=edge_kit.CANDIDATES, max_batch=8, max_length=16)
+GRAPH = GraphSpec(inputs={"input_ids": 16, "attention_mask": 16}, candidates=edge_kit.CANDIDATES, max_batch=8)
 MODEL = edge_kit.graph(edge_kit.table_of(CLASSES, 0))
 VERSIONS = {"10.3.0": "tensorrt", "10.13.3.9": "tensorrt", "11.4.0.106": "tensorrt", "1.7.1.116": "tensorrt-rtx"}
 
@@ -242,6 +243,34 @@ def test_wrong_inputs_are_named_and_the_next_call_is_right(one: Gpu, case: str) 
         same(engine.infer(inputs_of(2, 3, turn)), inputs_of(2, 3, turn))
 
 
+def test_each_pair_of_inputs_has_a_length_of_its_own(one: Gpu) -> None:
+    """Words are few beside n-grams; memory is what each one's longest row needs."""
+    model = edge_kit.graph(np.random.default_rng(0).normal(0, 1, (90, CLASSES)).astype(np.float32), ngrams=True)
+    graph = GraphSpec(inputs={"ids": 16, "weights": 16, "words": 4, "word_weights": 4}, candidates=edge_kit.CANDIDATES, max_batch=8)
+    engine, cpu = engine_of(one, model, graph), OrtEngine(model, graph, CLASSES)
+    assert sorted(one.cuda.allocated()["device"])[-4:] == [8 * CLASSES * 4, 8 * 3 * 8, 8 * 16 * 4, 8 * 16 * 4]
+
+    def given(batch: int, ids: int, words: int) -> Inputs:
+        random = np.random.default_rng(batch)
+        pairs = {("ids", "weights"): ids, ("words", "word_weights"): words}
+        found: Inputs = {}
+        for (places, weights), length in pairs.items():
+            found[places] = random.integers(0, 90, (batch, length)).astype(np.int32)
+            found[weights] = random.random((batch, length)).astype(np.float32)
+        return found
+
+    for shape in ((8, 16, 4), (2, 5, 3), (1, 1, 1), (3, 2, 4)):
+        inputs = given(*shape)
+        assert all(np.allclose(mine, its, atol=1e-5) for mine, its in zip(engine.infer(inputs), cpu.infer(inputs), strict=True))
+    for wrong, says in (
+        ({**given(2, 5, 3), "word_weights": np.ones((2, 5), np.float32)}, r"'word_weights' has shape \(2, 5\), expected \(2, 3\)"),
+        (given(2, 5, 5), r"'words' has shape \(2, 5\), it was built up to \(8, 4\)"),
+        ({**given(2, 5, 3), "words": np.ones((1, 3), np.int32)}, r"'words' has shape \(1, 3\), expected \(2, 3\)"),
+    ):
+        with pytest.raises(EngineError, match=says):
+            engine.infer(wrong)
+
+
 def test_a_shape_that_comes_again_becomes_a_graph(one: Gpu) -> None:
     engine = engine_of(one, cuda_graphs=True)
     for turn in range(5):
@@ -346,7 +375,7 @@ SIGNATURES: dict[str, tuple[bytes, GraphSpec, int, str]] = {
     ),
     "inputs": (
         MODEL,
-        msgspec.structs.replace(GRAPH, inputs=("ids",)),
+        msgspec.structs.replace(GRAPH, inputs={"ids": 16}),
         CLASSES,
         "the engine reads input_ids, attention_mask; its manifest says ids",
     ),
@@ -373,7 +402,7 @@ def test_a_tensor_on_the_host_and_a_plan_that_is_too_small_are_refused(one: Gpu)
         backend.load(MODEL, GRAPH, CLASSES)
     from tensorrt_kit import fake_plan
 
-    one.cache.write(key, fake_plan(MODEL, max_batch=4, max_length=16), 1.0)
+    one.cache.write(key, fake_plan(MODEL, max_batch=4, inputs=GRAPH.inputs), 1.0)
     with pytest.raises(EngineError, match=r"takes 'input_ids' up to \(4, 16\), the manifest says \(8, 16\)"):
         backend.load(MODEL, GRAPH, CLASSES)
 
@@ -450,7 +479,7 @@ from edge_runtime.engines.tensorrt import TensorRTBackend
 from kcm.bundle import GraphSpec
 from kcm.errors import EngineError
 backend = TensorRTBackend("tensorrt-rtx")
-graph = GraphSpec(inputs=("ids",), candidates=1)
+graph = GraphSpec(inputs={"ids": 1}, candidates=1)
 said = [backend.probe(), str(backend.ready(b"", graph))]
 for do in (lambda: backend.prepare(b"", graph), lambda: backend.load(b"", graph, 2)):
     try:
@@ -508,7 +537,7 @@ def test_prepare_builds_by_the_real_builder_for_this_gpu(rtx: Gpu, monkeypatch: 
     assert not backend.ready(MODEL, GRAPH)
     backend.prepare(MODEL, GRAPH)
     assert backend.ready(MODEL, GRAPH)
-    want = BuildSpec(flavour="tensorrt-rtx", inputs=GRAPH.inputs, max_batch=8, max_length=16, targets=("sm86",), workspace_mb=300)
+    want = BuildSpec(flavour="tensorrt-rtx", inputs=GRAPH.inputs, max_batch=8, targets=("sm86",), workspace_mb=300)
     assert asked == [want]
     key = backend._key(MODEL, GRAPH)
     assert (key.target, key.model) == ("sm86", hashlib.sha256(MODEL).hexdigest())
@@ -535,6 +564,46 @@ def test_prepare_says_what_the_builder_said(rtx: Gpu) -> None:
 
 
 @needs_rtx
+def test_a_build_that_failed_is_not_begun_at_every_start(rtx: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    rtx.trt.__version__ = REAL
+    tries: list[str] = []
+
+    def counted(*arguments: Any, **more: Any) -> Any:
+        tries.append("")
+        return build_apart(*arguments, **more)
+
+    monkeypatch.setattr("edge_runtime.engines.tensorrt.build_apart", counted)
+    said = r"can't parse the model: .*Failed to parse the ONNX model"
+    broken = MODEL[:-100]
+    with pytest.raises(EngineError, match=said):
+        backend_of(rtx).prepare(broken, GRAPH)
+    for _ in range(3):  # starts
+        with pytest.raises(EngineError, match=rf"building it failed on .* and isn't tried again: .*{said}") as caught:
+            backend_of(rtx).prepare(broken, GRAPH)
+    assert len(tries) == 1
+    file = rtx.cache.failure_file(backend_of(rtx)._key(broken, GRAPH))
+    assert caught.value.fix == f"rm {file}   lets it try again"
+    backend_of(rtx).prepare(MODEL, GRAPH)  # another model is another matter
+    with pytest.raises(EngineError, match=f"tensorrt-rtx {said}"):
+        backend_of(rtx, again=True).prepare(broken, GRAPH)
+    assert len(tries) == 3
+    file.unlink()
+    with pytest.raises(EngineError, match=f"^tensorrt-rtx {said}"):
+        backend_of(rtx).prepare(broken, GRAPH)
+    assert len(tries) == 4
+
+
+@needs_rtx
+def test_a_failure_in_a_cache_that_cannot_be_written_is_still_the_builders(rtx: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise EngineError("the disk is full")
+
+    monkeypatch.setattr(rtx.cache, "note_failure", full)
+    with pytest.raises(EngineError, match="can't parse the model"):
+        backend_of(rtx).prepare(MODEL[:-100], GRAPH)
+
+
+@needs_rtx
 def test_a_build_can_be_cancelled_and_begun_again(rtx: Gpu) -> None:
     rtx.trt.__version__ = REAL
     backend, caught = backend_of(rtx), []
@@ -553,3 +622,30 @@ def test_a_build_can_be_cancelled_and_begun_again(rtx: Gpu) -> None:
     assert not thread.is_alive() and "the engine's builder was cancelled" in caught[0]
     backend.prepare(MODEL, GRAPH)
     assert backend.ready(MODEL, GRAPH)
+
+
+def test_pixels_of_a_fixed_shape_are_answered_for_every_batch(gpu: Gpu, tmp_path: Path) -> None:
+    bundle = load_bundle(fixed_bundle(tmp_path))
+    model, graph = bundle.model("fp32"), bundle.manifest.graph
+    engine = engine_of(gpu, model, graph, 3, cuda_graphs=True)
+    assert min(gpu.cuda.allocated()["device"]) > 0 and 32 * 32 * 32 * 3 in gpu.cuda.allocated()["device"], "uint8: a byte a colour"
+    plain = OrtEngine(model, graph, 3)
+    for seed, rows in enumerate((1, 32, 5, 5, 5, 1)):
+        images = tinted(rows, seed=seed)[0]
+        for mine, theirs in zip(engine.infer({"image": images}), plain.infer({"image": images}), strict=True):
+            assert mine.dtype == theirs.dtype and np.array_equal(mine, theirs)
+    for wrong, said in (
+        (np.zeros((1, 32, 32, 3), np.float32), "is float32, expected uint8"),
+        (np.zeros((1, 32, 24, 3), np.uint8), r"has shape \(1, 32, 24, 3\), expected \(1, 32, 32, 3\)"),
+        (np.zeros((1, 3, 32, 32), np.uint8), r"expected \(1, 32, 32, 3\)"),
+        (np.zeros((33, 32, 32, 3), np.uint8), "built up to"),
+        (np.zeros((0, 32, 32, 3), np.uint8), "has shape"),
+    ):
+        with pytest.raises(EngineError, match=said):
+            engine.infer({"image": wrong})
+    images = tinted(2)[0]
+    turned = np.asfortranarray(images)
+    assert np.array_equal(engine.infer({"image": turned}).logits, plain.infer({"image": images}).logits)
+    engine.close()
+    with pytest.raises(BundleError, match=r"'image' has shape \[-1, 32, 32, 3\]; its manifest says 48"):
+        engine_of(gpu, model, GraphSpec(inputs={"image": 48}, candidates=3), 3)

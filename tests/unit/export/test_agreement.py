@@ -40,12 +40,12 @@ TRUTH = np.array([LABELS.index(label) for _, label in ROWS])
 def shared(tiny_run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """(run, bundle) of all precisions, under one folder; read only."""
     from export.bundle import export_bundle
-    from kcm.app.samples import fresh_texts
+    from kcm.app.samples import fresh_payloads
 
     folder = tmp_path_factory.mktemp("precisions")
     run = load_run(tiny_run_dir)
     shutil.copytree(tiny_run_dir, folder / "run")
-    export_bundle(run, folder / "bundle", golden_texts=run.texts, precisions=PRECISIONS, fresh_texts=fresh_texts(run))
+    export_bundle(run, folder / "bundle", golden_payloads=run.payloads, precisions=PRECISIONS, fresh_payloads=fresh_payloads(run))
     return folder
 
 
@@ -103,10 +103,12 @@ def test_the_edge_serves_every_precision_by_its_own_epsilon(shared: Path, precis
 
 def test_one_run_gives_the_same_precisions_again(shared: Path, tmp_path: Path) -> None:
     from export.bundle import export_bundle
-    from kcm.app.samples import fresh_texts
+    from kcm.app.samples import fresh_payloads
 
     run = load_run(shared / "run")
-    manifest = export_bundle(run, tmp_path / "again", golden_texts=run.texts, precisions=("int8", "fp16"), fresh_texts=fresh_texts(run))
+    manifest = export_bundle(
+        run, tmp_path / "again", golden_payloads=run.payloads, precisions=("int8", "fp16"), fresh_payloads=fresh_payloads(run)
+    )
     assert manifest.bundle_id == load_bundle(shared / "bundle").manifest.bundle_id
 
 
@@ -147,7 +149,7 @@ def test_the_bar_is_three_tenths_of_a_point_and_more_than_one_sample() -> None:
     assert "loses 0.35 points" in agreement(lost=0.0035).wrong
     assert agreement(samples=100, labelled=100, labels=1, lost=0.01).wrong == ""  # one sample of a hundred is no evidence
     assert "loses 2.00 points" in agreement(samples=100, labelled=100, labels=2, lost=0.02).wrong
-    assert agreement(labels=200).wrong == "" and "answers 201 of 2000 texts differently" in agreement(labels=201).wrong
+    assert agreement(labels=200).wrong == "" and "answers 201 of 2000 samples differently" in agreement(labels=201).wrong
     assert "no numbers" in agreement(logits=float("nan")).wrong and "no numbers" in agreement(score=float("inf")).wrong
 
 
@@ -160,7 +162,7 @@ def test_without_labels_it_says_what_it_can_not_tell(shared: Path) -> None:
 
 def test_a_precision_that_answers_otherwise_is_refused_by_verify_and_by_the_device(copy: Path) -> None:
     bundle = load_bundle(broken(copy, "fp16", 0))
-    with pytest.raises(VerifyError, match=r"fp16 (answers \d+ of 240 texts differently|loses)") as error:
+    with pytest.raises(VerifyError, match=r"fp16 (answers \d+ of 240 samples differently|loses)") as error:
         hold(agreements(bundle, TEXTS, TRUTH), bundle)
     assert "int8" not in error.value.message and "--precision" in error.value.fix
     with pytest.raises(BundleError, match="golden input"):
@@ -222,7 +224,7 @@ def test_a_precision_that_the_weights_do_not_bear_is_not_exported(tiny_run: Run,
     arrays = {name: tensor.numpy().copy() for name, tensor in tiny_run.small.state_dict().items()}
     arrays["table"][1:, 0] = -1e4
     save_run(tmp_path / "run", replace(tiny_run, small=NgramModel(arrays)))
-    with pytest.raises(VerifyError, match=r"int8 answers \d+ of 72 texts differently"):
+    with pytest.raises(VerifyError, match=r"int8 answers \d+ of 72 samples differently"):
         export_run(tmp_path / "run", tmp_path / "b", force=False, precisions=("fp32", "int8"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
     export_run(tmp_path / "run", tmp_path / "b", force=False, precisions=("fp32", "fp16"))

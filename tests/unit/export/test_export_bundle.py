@@ -118,10 +118,10 @@ def test_another_runs_bundle_is_refused(tiny_run: Run, bundle_dir: Path) -> None
 
 def test_one_run_gives_one_bundle_id(tiny_run: Run, bundle_dir: Path, tmp_path: Path) -> None:
     first = load_bundle(bundle_dir).manifest
-    again = export_bundle(tiny_run, tmp_path / "again", golden_texts=tiny_run.texts)
+    again = export_bundle(tiny_run, tmp_path / "again", golden_payloads=tiny_run.payloads)
     assert again.bundle_id == first.bundle_id and again.files == first.files
     moved = replace(tiny_run, threshold=msgspec.structs.replace(tiny_run.threshold, epsilon=0.5))
-    assert export_bundle(moved, tmp_path / "moved", golden_texts=tiny_run.texts).bundle_id != first.bundle_id
+    assert export_bundle(moved, tmp_path / "moved", golden_payloads=tiny_run.payloads).bundle_id != first.bundle_id
 
 
 def test_a_bundle_is_never_overwritten_by_accident(tiny_run_dir: Path, copy: Path) -> None:
@@ -163,7 +163,7 @@ def test_the_model_card_says_what_it_is(tiny_run: Run, bundle_dir: Path) -> None
         "6 labels",
         "`ngrams`",
         "`kan`",
-        "72 labelled texts",
+        "72 labelled samples",
         "by cloud-rate",
         f"ε = {tiny_run.threshold.epsilon:.4f}",
         "in the clear",
@@ -183,13 +183,14 @@ def test_golden_holds_some_training_texts_and_their_answers(tiny_run: Run, bundl
         golden = dict(stored)
     data, offsets = golden["text"].tobytes(), golden["offsets"]
     texts = [data[a:b].decode() for a, b in pairwise(offsets.tolist())]
-    assert texts == tiny_run.texts[:GOLDEN]
+    assert texts == tiny_run.payloads[:GOLDEN]
     kind = Ngrams(tiny_run.task, None)
     predictions = kind.predict(tiny_run.small, kind.featurise(texts))
     assert golden["logits"] == pytest.approx(predictions.logits, abs=1e-3)
     assert golden["confidence"] == pytest.approx(tiny_run.judge.confidence(predictions), abs=1e-3)
     assert golden["top_ids"][:, 0].tolist() == predictions.logits.argmax(1).tolist()
-    assert golden["input_sums"].tolist() == [int(kind.preprocessor.encode(text)[0].sum(dtype=np.int64)) for text in texts]
+    encoded = [kind.preprocessor.encode(text) for text in texts]
+    assert golden["input_sums"].tolist() == [int(row.ids.sum(dtype=np.int64) + 2 * row.words.sum(dtype=np.int64)) for row in encoded]
 
 
 @pytest.mark.parametrize(("name", "change"), [("logits", 0.5), ("confidence", 0.01), ("score", 0.01), ("input_sums", 1), ("top_ids", 1)])
@@ -219,7 +220,7 @@ def test_a_calibration_is_of_this_graph_and_this_task(tiny_run: Run, bundle_dir:
     }
     ids = {stored["calibration_id"]}
     for name, run in changed.items():
-        export_bundle(run, tmp_path / name, golden_texts=TEXTS[:2])
+        export_bundle(run, tmp_path / name, golden_payloads=TEXTS[:2])
         ids.add(json.loads((tmp_path / name / "calibration.json").read_text())["fp32"]["calibration_id"])
     assert len(ids) == 4
 
@@ -230,18 +231,21 @@ def _twice(run: Run) -> object:
     return NgramModel(arrays)
 
 
+INPUTS = {"ids": 8000, "weights": 8000, "words": 400, "word_weights": 400}
+
+
 def test_the_manifest_lists_what_is_there(bundle_dir: Path) -> None:
     manifest = load_bundle(bundle_dir).manifest
     assert set(manifest.files) == {"MODEL_CARD.md", "calibration.json", "golden.npz", "metrics.json", "models/fp32.onnx", "task.toml"}
     assert manifest.files["task.toml"].sha256 == hashlib.sha256((bundle_dir / "task.toml").read_bytes()).hexdigest()
-    assert (manifest.graph.inputs, manifest.graph.candidates, manifest.precisions) == (("ids", "weights"), 5, ("fp32",))
+    assert (manifest.graph.inputs, manifest.graph.candidates, manifest.precisions) == (INPUTS, 5, ("fp32",))
 
 
 def test_a_bundle_that_can_not_be_made_is_an_error_and_no_crash(tiny_run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path / "file", tmp_path / "file" / "b", Path("/proc/kcm/b")):
         with pytest.raises(ConfigError, match="can't be made") as error:
-            export_bundle(tiny_run, out, golden_texts=TEXTS)
+            export_bundle(tiny_run, out, golden_payloads=TEXTS)
         assert "folder that you may write" in error.value.fix
     assert (tmp_path / "file").read_text() == "mine"
 

@@ -68,7 +68,7 @@ def cases(bert: Path, folder: Path) -> Iterator[tuple[Small, object, bytes, Judg
 def _examples(kind: Small) -> Examples:
     data = split()
     ones = np.ones(len(data), np.float32)
-    return Examples(kind.featurise(data.texts), one_hot(data.y, len(LABELS)), ones, ones > 0, ones < 0)
+    return Examples(kind.featurise(data.payloads), one_hot(data.y, len(LABELS)), ones, ones > 0, ones < 0)
 
 
 def test_the_graph_reads_length_and_unknown_as_training_does(bert: Path, tmp_path: Path) -> None:

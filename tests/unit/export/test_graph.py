@@ -19,7 +19,7 @@ from kcm.preprocess import NgramPreprocessor
 from kcm.task import JudgeSpec, PreprocessSpec
 from training.fit import one_hot, softmax
 from training.judge import Judge, Predictions, fit_judge
-from training.ngrams import NgramModel, distil_words, encode, fit_ngrams
+from training.ngrams import NgramModel, distil_words, encode, fit_ngrams, joined
 from training.select import Router, Selection, choose
 
 PREPROCESSOR = NgramPreprocessor(PreprocessSpec(buckets=2**10))
@@ -79,10 +79,10 @@ def models(judge: str, vectors: bool) -> tuple[NgramModel, Judge]:
     data, fresh = split(150), split(500, seed=1)
     rng = np.random.default_rng(1)
     words = distil_words([*WORDS, "zyx"], lambda ws: rng.normal(size=(len(ws), 8)).astype(np.float32), PREPROCESSOR, 6) if vectors else None
-    known = [text.replace("zyx", "").replace("wvu", "") for text in data.texts]
+    known = [text.replace("zyx", "").replace("wvu", "") for text in data.payloads]
     small = fit_ngrams(encode(known, PREPROCESSOR), one_hot(data.y, len(LABELS)), np.ones(len(data), np.float32), words)
     # Long texts, and such with unknown words, are labelled at random: the judge has something to say that the logits don't.
-    predictions = predict(small, fresh.texts)
+    predictions = predict(small, fresh.payloads)
     odd = (predictions.length > 8) | (predictions.unknown > 0)
     labels = np.where(odd, rng.integers(0, len(LABELS), len(fresh)), predictions.logits.argmax(1))
     return small, fit_judge(JUDGES[judge], predictions, one_hot(labels, len(LABELS)))
@@ -96,7 +96,7 @@ def routed(judge: str, vectors: bool) -> tuple[NgramModel, Router]:
 def predict(small: NgramModel, texts: list[str]) -> Predictions:
     inputs = PREPROCESSOR.batch(texts)
     with torch.inference_mode():
-        return Predictions(*(part.numpy() for part in small(torch.from_numpy(inputs["ids"]), torch.from_numpy(inputs["weights"]))))
+        return Predictions(*(part.numpy() for part in small(*map(torch.from_numpy, joined(inputs)))))
 
 
 @cache
@@ -129,7 +129,7 @@ def compare(judge: str, vectors: bool, texts: list[str], candidates: int = 3) ->
 def test_these_judges_listen_to_length_and_unknown_words(judge: str) -> None:
     """Else the comparisons below would pass whatever the graph makes of them."""
     small, judged = models(judge, True)
-    p = predict(small, split(60, seed=3).texts)
+    p = predict(small, split(60, seed=3).payloads)
     as_is = judged.confidence(p)
     assert np.abs(judged.confidence(Predictions(p.logits, p.length + 15, p.unknown)) - as_is).max() > 0.02
     assert np.abs(judged.confidence(Predictions(p.logits, p.length, p.unknown + 0.3)) - as_is).max() > 0.02
@@ -140,7 +140,7 @@ def test_these_judges_listen_to_length_and_unknown_words(judge: str) -> None:
 def test_the_score_is_that_of_the_chosen_head(judge: str, head: str) -> None:
     small, judged = models(judge, True)
     fresh = split(400, seed=5)
-    given = predict(small, fresh.texts)
+    given = predict(small, fresh.payloads)
     rng = np.random.default_rng(0)
     # The large model knows one label hardly ever, and fails on unknown words: what the prior can't say.
     answer = given.logits.argmax(1)
@@ -148,7 +148,7 @@ def test_the_score_is_that_of_the_chosen_head(judge: str, head: str) -> None:
     theirs = one_hot(np.where(large_right, fresh.y, (fresh.y + 1) % len(LABELS)), len(LABELS))
     router = choose(judged, head, Selection(given, theirs, fresh.y))
     session = Session(fuse_ngrams(small, router, 3).SerializeToString())
-    texts = [*split(90, seed=9).texts, "", "zyx wvu"]
+    texts = [*split(90, seed=9).payloads, "", "zyx wvu"]
     score = router.score(predict(small, texts))
     assert session.run(PREPROCESSOR.batch(texts))["score"] == pytest.approx(score, abs=2e-4)
     assert score.min() >= 0 and score.max() <= 1
@@ -159,7 +159,7 @@ def test_the_score_is_that_of_the_chosen_head(judge: str, head: str) -> None:
 @pytest.mark.parametrize("vectors", [False, True], ids=["plain", "vectors"])
 @pytest.mark.parametrize("judge", JUDGES)
 def test_the_graph_is_the_model(judge: str, vectors: bool) -> None:
-    texts = [*split(90, seed=9).texts, "", "zyx wvu", "oil " * 60]
+    texts = [*split(90, seed=9).payloads, "", "zyx wvu", "oil " * 60]
     out = compare(judge, vectors, texts)
     assert out["confidence"].std() > 0.02, "a judge that says one thing would make this test empty"
 
@@ -168,7 +168,7 @@ def test_the_graph_is_the_model(judge: str, vectors: bool) -> None:
 @pytest.mark.parametrize("batch", [["oil"], [""], ["a b", "", "oil price", "the", "x", "zyx", "steel rose " * 9]], ids=["1", "L=1", "7"])
 def test_batches_of_one_and_seven_and_a_length_of_one(batch: list[str], vectors: bool) -> None:
     if batch == [""]:
-        assert PREPROCESSOR.batch(batch)["ids"].shape == (1, 1)
+        assert {array.shape for array in PREPROCESSOR.batch(batch).values()} == {(1, 1)}
     compare("kan", vectors, batch)
 
 
@@ -182,11 +182,11 @@ def test_any_text_agrees(texts: list[str]) -> None:
 @pytest.mark.parametrize("candidates", [1, 2, 3])
 @pytest.mark.parametrize("judge", ["kan", "kan k=1", "mlp"])
 def test_any_number_of_candidates(judge: str, candidates: int) -> None:
-    compare(judge, False, split(12, seed=4).texts, candidates)
+    compare(judge, False, split(12, seed=4).payloads, candidates)
 
 
 def test_padding_changes_nothing() -> None:
-    texts = [*split(6, seed=2).texts, "oil " * 40]
+    texts = [*split(6, seed=2).payloads, "oil " * 40]
     run = session("kan", True).run
     together = run(PREPROCESSOR.batch(texts))
     for row, text in enumerate(texts):
@@ -210,7 +210,8 @@ def test_names_order_and_dynamic_axes_are_the_contract() -> None:
     def shape(value: onnx.ValueInfoProto) -> tuple[str, list[str | int]]:
         return value.name, [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
 
-    assert [shape(v) for v in graph.input] == [("ids", ["B", "L"]), ("weights", ["B", "L"])]
+    given = [("ids", ["B", "L"]), ("weights", ["B", "L"]), ("words", ["B", "W"]), ("word_weights", ["B", "W"])]
+    assert [shape(v) for v in graph.input] == given
     wanted = [("logits", ["B", 3]), ("top_ids", ["B", 3]), ("top_probs", ["B", 3]), ("confidence", ["B"]), ("score", ["B"])]
     assert [shape(v) for v in graph.output] == wanted
 

@@ -47,14 +47,14 @@ def encoder(bert: Path) -> tuple[onnx.ModelProto, Any, Any]:
     kind = encoder_kind(bert)
     data = split()
     ones = np.ones(len(data), np.float32)
-    head = kind.fit(Examples(kind.featurise(data.texts), one_hot(data.y, len(LABELS)), ones, ones > 0, ones < 0))
+    head = kind.fit(Examples(kind.featurise(data.payloads), one_hot(data.y, len(LABELS)), ones, ones > 0, ones < 0))
     return encoder_graph(head), kind, head
 
 
 @pytest.mark.parametrize("precision", NARROW)
 def test_an_encoder_answers_nearly_as_in_fp32(encoder: tuple[onnx.ModelProto, Any, Any], precision: Precision) -> None:
     bare, kind, head = encoder
-    feeds = [kind.preprocessor.batch([text]) for text in split(60).texts]
+    feeds = [kind.preprocessor.batch([text]) for text in split(60).payloads]
     outputs = {}
     for p in ("fp32", precision):
         model = lowered(bare, p, feeds)  # type: ignore[arg-type]
@@ -73,7 +73,7 @@ def test_an_encoder_answers_nearly_as_in_fp32(encoder: tuple[onnx.ModelProto, An
 
 def test_an_int8_encoder_has_no_wide_product_left_and_quantises_no_result(encoder: tuple[onnx.ModelProto, Any, Any]) -> None:
     bare, kind, _ = encoder
-    model = lowered(bare, "int8", [kind.preprocessor.batch([text]) for text in split(20).texts])
+    model = lowered(bare, "int8", [kind.preprocessor.batch([text]) for text in split(20).payloads])
     constants = {t.name: t for t in model.graph.initializer}
     made_by = {name: node for node in model.graph.node for name in node.output}
     products = [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm")]
@@ -140,7 +140,7 @@ def test_a_graph_with_q_dq_of_its_own_stays_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", NARROW)
 def test_a_users_graph_answers_nearly_as_in_fp32(hashed: bool, precision: Precision, tmp_path: Path) -> None:
     kind = users(hashed, tmp_path)
-    feeds = [kind.preprocessor.batch([text]) for text in split(40).texts]
+    feeds = [kind.preprocessor.batch([text]) for text in split(40).payloads]
     outputs = {}
     for p in ("fp32", precision):
         model = lowered(fixed_graph(kind.graph), p, feeds)  # type: ignore[arg-type]
@@ -149,7 +149,7 @@ def test_a_users_graph_answers_nearly_as_in_fp32(hashed: bool, precision: Precis
     plain, narrow = outputs["fp32"], outputs[precision]
     assert np.abs(narrow["logits"] - plain["logits"]).max() <= BARS[precision][0] * np.abs(plain["logits"]).max()
     kinds = {v.name: v.type.tensor_type.elem_type for v in onnx.load_model_from_string(data).graph.input}
-    assert kinds == ({"ids": 6, "weights": 1} if hashed else {"input_ids": 7, "attention_mask": 7})
+    assert kinds == ({"ids": 6, "weights": 1, "words": 6, "word_weights": 1} if hashed else {"input_ids": 7, "attention_mask": 7})
 
 
 def users(hashed: bool, folder: Path) -> Fixed:
@@ -184,13 +184,13 @@ def test_minilm_loses_next_to_nothing(tmp_path: Path) -> None:
     kind = Encoder(task_of(folder, {"kind": "encoder", "path": str(folder)}, {"kind": "tokenizer", "max_tokens": 32}))
     data, fresh = split(120), split(200, seed=9)
     ones = np.ones(len(data), np.float32)
-    head = kind.fit(Examples(kind.featurise(data.texts), one_hot(data.y, len(LABELS)), ones, ones > 0, ones < 0))
-    bare, feeds = encoder_graph(head), [kind.preprocessor.batch([text]) for text in data.texts]
+    head = kind.fit(Examples(kind.featurise(data.payloads), one_hot(data.y, len(LABELS)), ones, ones > 0, ones < 0))
+    bare, feeds = encoder_graph(head), [kind.preprocessor.batch([text]) for text in data.payloads]
     sizes, answers = {}, {}
     for precision in ("fp32", "fp16", "int8"):
         model = lowered(bare, precision, feeds)  # type: ignore[arg-type]
         sizes[precision] = len(model.SerializeToString())
-        answers[precision] = Session(model.SerializeToString()).answer(kind.preprocessor, fresh.texts)["logits"]
+        answers[precision] = Session(model.SerializeToString()).answer(kind.preprocessor, fresh.payloads)["logits"]
     assert sizes["fp16"] < 0.51 * sizes["fp32"] and sizes["int8"] < 0.27 * sizes["fp32"]
     plain = answers["fp32"]
     for precision, bar in (("fp16", 5e-3), ("int8", 6e-2)):

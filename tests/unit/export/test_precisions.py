@@ -19,10 +19,11 @@ from export.nodes import Nodes
 from export.quantise import int8_rows, narrow_tables
 from export.session import Session
 from kcm.bundle import Precision
+from kcm.preprocess import longest_of
 from training.ngrams import NgramModel
 from training.select import Router
 
-TEXTS = [*split(90, seed=5).texts, "", "zyx wvu", "profit " * 30]
+TEXTS = [*split(90, seed=5).payloads, "", "zyx wvu", "profit " * 30]
 # Of logits, relative to the largest; of C_x: what random judges, far steeper than fitted ones, make of it.
 BARS: dict[Precision, tuple[float, float]] = {"fp16": (2e-3, 2e-2), "int8": (2e-2, 1e-1)}
 NARROW: tuple[Precision, ...] = ("fp16", "int8")
@@ -208,6 +209,6 @@ def test_int8_rows_need_the_axis_in_between() -> None:
 def test_tensorrt_rtx_builds_ngrams(precision: Precision) -> None:
     """Encoders and users' graphs: tests/integration/test_rtx_builds.py."""
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX isn't installed: pip install 'kcm[tensorrt-rtx]'", exc_type=ImportError)
-    spec = BuildSpec(flavour="tensorrt-rtx", inputs=("ids", "weights"), max_batch=32, max_length=600, targets=("sm86",))
+    spec = BuildSpec(flavour="tensorrt-rtx", inputs=longest_of(PREPROCESSOR), max_batch=32, targets=("sm86",))
     model = fuse_ngrams(wide_model(), routed_wide(), 3, precision).SerializeToString()
     assert build_plan(trt, model, spec).report.size > 1e4

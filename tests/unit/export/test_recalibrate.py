@@ -62,7 +62,7 @@ def test_a_rate_is_kept_on_the_same_fresh_samples(tiny_run: Run) -> None:
     assert (after <= run.threshold.epsilon).mean() > 0.4, "fp32's ε would send up far more"
 
 
-def test_the_same_graph_gets_the_same_epsilon_with_and_without_fresh_texts(tiny_run: Run) -> None:
+def test_the_same_graph_gets_the_same_epsilon_with_and_without_fresh_payloads(tiny_run: Run) -> None:
     plain, _, _ = sessions(tiny_run)
     scores = plain.answer(preprocessor_of(tiny_run), FRESH)["score"]
     by_rate = replace(tiny_run, threshold=for_rate(scores, 0.3))
@@ -71,15 +71,15 @@ def test_the_same_graph_gets_the_same_epsilon_with_and_without_fresh_texts(tiny_
     assert again(out_of_fold, [], 1.0).epsilon == pytest.approx(out_of_fold.threshold.epsilon, abs=1e-4)
 
 
-def test_without_fresh_texts_the_rounding_of_the_same_texts_moves_the_out_of_fold_scores(tiny_run: Run) -> None:
+def test_without_fresh_payloads_the_rounding_of_the_same_texts_moves_the_out_of_fold_scores(tiny_run: Run) -> None:
     run = replace(tiny_run, threshold=for_rate(tiny_run.score(tiny_run.out_of_fold), 0.3))
     new = again(run, [])
     plain, other, _ = sessions(run)
     preprocessor = preprocessor_of(run)
-    moved = other.answer(preprocessor, run.texts)["logits"] - plain.answer(preprocessor, run.texts)["logits"]
+    moved = other.answer(preprocessor, run.payloads)["logits"] - plain.answer(preprocessor, run.payloads)["logits"]
     held = replace(run.out_of_fold, logits=run.out_of_fold.logits + moved)
     assert new.epsilon == pytest.approx(epsilon_for_rate(run.score(held), run.threshold.cloud_rate or 0), abs=1e-4)
-    assert abs(new.epsilon - run.threshold.epsilon) > 1e-3 and new.samples == len(run.texts)
+    assert abs(new.epsilon - run.threshold.epsilon) > 1e-3 and new.samples == len(run.payloads)
 
 
 def test_a_fixed_epsilon_stays(tiny_run: Run) -> None:
@@ -91,7 +91,7 @@ def test_a_fixed_epsilon_stays(tiny_run: Run) -> None:
 def test_an_accuracy_and_a_promise_are_chosen_again_on_the_answers_that_the_run_keeps(tiny_run: Run) -> None:
     answered = told(tiny_run)
     plain, other, _ = sessions(tiny_run)
-    kept = other.answer(preprocessor_of(tiny_run), answered.texts)
+    kept = other.answer(preprocessor_of(tiny_run), answered.payloads)
     small, large = kept["logits"].argmax(1) == answered.labels, answered.large == answered.labels
     promise = Guarantee(max_drop=0.05, confidence=0.9, upper=0.0, effective_n=0.0, method="old")
     for threshold in (
@@ -101,7 +101,7 @@ def test_an_accuracy_and_a_promise_are_chosen_again_on_the_answers_that_the_run_
         run = replace(tiny_run, threshold=threshold, answered=answered)
         new = again(run, FRESH)
         right = np.where(kept["score"] > new.epsilon, small, large)
-        assert new.accuracy == right.mean() and new.samples == len(answered.texts) and new.method == threshold.method
+        assert new.accuracy == right.mean() and new.samples == len(answered.payloads) and new.method == threshold.method
         assert 0 < (new.cloud_rate or 0) < 1 and new.epsilon != 0.5
         if new.guarantee is None:
             assert new.accuracy >= 0.95
@@ -130,7 +130,7 @@ def test_the_reference_is_of_the_precisions_own_scores(tiny_run: Run) -> None:
         threshold, reference=reference(before, threshold.epsilon), teacher_id="t", prompt_id="p", head=tiny_run.threshold.head
     )
     new = again(replace(tiny_run, threshold=threshold, answered=answered), FRESH)
-    kept = other.answer(preprocessor, answered.texts)
+    kept = other.answer(preprocessor, answered.payloads)
     agree = kept["logits"].argmax(1) == answered.large
     assert new.reference == reference(after, new.epsilon, agree, kept["score"]) and new.reference.escalated > 0
     assert (new.teacher_id, new.prompt_id, new.head, new.hint) == ("t", "p", threshold.head, threshold.hint)
@@ -141,15 +141,15 @@ def test_many_texts_are_thinned_evenly(tiny_run: Run) -> None:
     plain, _, _ = sessions(tiny_run)
     texts = [f"refund {i}" for i in range(3 * ROWS)]
     on = basis(tiny_run, plain, preprocessor_of(tiny_run), texts)
-    assert len(on.texts) == ROWS and on.texts[0] == texts[0] and on.texts[-1] == texts[-1] and on.rows is None
+    assert len(on.payloads) == ROWS and on.payloads[0] == texts[0] and on.payloads[-1] == texts[-1] and on.rows is None
 
 
 def test_the_answers_come_back_with_the_run_and_go_with_the_next_calibration(tiny_run: Run, tmp_path: Path) -> None:
     answered = Answered(['line\u2028sep "quoted"', "東京\r\n"], np.array([0, 5]), np.array([3, 5]))
     save_run(tmp_path / "run", replace(tiny_run, answered=answered))
     back = load_run(tmp_path / "run").answered
-    assert back is not None and back.texts == answered.texts
+    assert back is not None and back.payloads == answered.payloads
     assert np.array_equal(back.labels, answered.labels) and np.array_equal(back.large, answered.large)
     save_calibrated(tmp_path / "run", replace(load_run(tmp_path / "run"), answered=None))
     assert load_run(tmp_path / "run").answered is None and not (tmp_path / "run" / ANSWERED).exists()
-    assert load_run(tmp_path / "run").texts == tiny_run.texts
+    assert load_run(tmp_path / "run").payloads == tiny_run.payloads

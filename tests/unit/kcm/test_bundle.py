@@ -1,5 +1,6 @@
 """A bundle is read whole and true, or refused."""
 
+import json
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import tomli_w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kcm.bundle import GraphSpec, load_bundle, write_manifest
+from kcm.bundle import SCHEMA, GraphSpec, load_bundle, write_manifest
 from kcm.calibration import Calibration
 from kcm.errors import BundleError
 from kcm.task import Task
@@ -25,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
     (folder / "task.toml").write_text(tomli_w.dumps(task.shipped()))
     calibration = {"fp32": Calibration(epsilon=0.5, calibration_id="c", method="fixed")}
     (folder / "calibration.json").write_bytes(msgspec.json.encode(calibration))
-    write_manifest(folder, task=task, graph=GraphSpec(inputs=("ids", "weights"), candidates=2), version="0")
+    write_manifest(folder, task=task, graph=GraphSpec(inputs={"ids": 1}, candidates=2), version="0")
     return folder
 
 
@@ -92,6 +93,16 @@ def test_a_manifest_cannot_reach_outside(folder: Path) -> None:
     manifest.write_text(manifest.read_text().replace("models/fp32.onnx", "../fp32.onnx"))
     with pytest.raises(BundleError):
         load_bundle(folder)
+
+
+@pytest.mark.parametrize(("schema", "fix"), [(SCHEMA - 1, "export it again with this kcm"), (SCHEMA + 1, "upgrade kcm on this device")])
+def test_a_manifest_of_another_schema_says_so_whatever_its_fields_are(folder: Path, schema: int, fix: str) -> None:
+    manifest = folder / "manifest.json"
+    old = {**json.loads(manifest.read_text()), "schema": schema, "graph": {"inputs": ["ids", "weights"], "max_length": 600}}
+    manifest.write_text(json.dumps(old))
+    with pytest.raises(BundleError, match=f"has bundle schema {schema}, this kcm reads {SCHEMA}") as caught:
+        load_bundle(folder)
+    assert caught.value.fix == fix
 
 
 def test_a_folder_without_manifest_is_no_bundle(tmp_path: Path) -> None:

@@ -49,3 +49,28 @@ def test_a_wrong_task_says_why(tmp_path: Path, text: str, said: str) -> None:
 
 def test_the_label_space_depends_on_order_and_on_where_names_end() -> None:
     assert len({label_space(("ab", "c")), label_space(("c", "ab")), label_space(("a", "bc"))}) == 3
+
+
+def test_the_large_net_keeps_its_own_defaults_where_one_key_is_set() -> None:
+    values = {
+        "task": {"id": "t", "labels": ["a", "b"], "modality": "image"},
+        "preprocess": {"kind": "image"},
+        "small": {"kind": "resnet", "net": {"width": 8}},
+        "large": {"kind": "resnet", "net": {"width": 8}},
+    }
+    task = parse_task(values, "task.toml")
+    assert (task.small.net.depth, task.small.net.epochs) == (8, 30)
+    assert (task.large.net.depth, task.large.net.epochs, task.large.net.width) == (32, 60, 8)
+    assert values["large"] == {"kind": "resnet", "net": {"width": 8}}
+
+
+@pytest.mark.parametrize("limits", [{"max_pixels": 1023}, {"max_bytes": 3000}, {"size": 1024, "max_bytes": 2**21}])
+def test_limits_that_refuse_images_of_their_own_size_are_refused(limits: dict[str, int]) -> None:
+    values = {
+        "task": {"id": "t", "labels": ["a", "b"], "modality": "image"},
+        "preprocess": {"kind": "image", **limits},
+        "small": {"kind": "resnet"},
+        "large": {"kind": "resnet"},
+    }
+    with pytest.raises(ConfigError, match="would refuse images of"):
+        parse_task(values, "task.toml")

@@ -46,23 +46,42 @@ def weights(*values: float) -> Any:
     return np.array(values, np.float32)
 
 
+WHOLE = {"ids": ids(1), "weights": weights(1), "words": ids(1, 2), "word_weights": weights(1, 1)}
+
+
+def test_the_two_pairs_have_a_length_each() -> None:
+    assert batch_of([Tensors(WHOLE)], PREPROCESSOR)["words"].tolist() == [[1, 2]]
+
+
+@pytest.mark.filterwarnings("error")
+def test_large_weights_are_numbers_still() -> None:
+    """Their square is none."""
+    large = weights(3e38, -3e38)
+    assert np.array_equal(batch_of([Tensors({**WHOLE, "word_weights": large})], PREPROCESSOR)["word_weights"], large[None])
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({}, "tensors none given, the graph reads ids, weights"),
+        ({}, "tensors none given, the graph reads ids, weights, words, word_weights"),
         ({"ids": ids(1)}, "tensors ids given, the graph reads"),
-        ({"ids": ids(1), "weights": weights(1), "x": ids(1)}, "tensors ids, weights, x given"),
-        ({"ids": ids(1), "weights": weights(1, 2)}, "tensor 'weights' has another length than 'ids'"),
-        ({"ids": ids(), "weights": weights()}, "tensor 'ids' has 0 values, 1 to 100"),
-        ({"ids": ids(*range(101)), "weights": weights(*range(101))}, "has 101 values, 1 to 100 are taken"),
-        ({"ids": ids(-1), "weights": weights(1)}, r"tensor 'ids' has a value outside 0\.\.191"),
-        ({"ids": ids(192), "weights": weights(1)}, r"tensor 'ids' has a value outside 0\.\.191"),
-        ({"ids": np.array([1]), "weights": weights(1)}, r"tensor 'ids' is int64 \[1\], the graph reads one row of int32"),
-        ({"ids": ids(1)[None], "weights": weights(1)}, r"is int32 \[1, 1\], the graph reads one row"),
-        ({"ids": [1], "weights": weights(1)}, "is list, the graph reads one row"),
-        ({"ids": ids(1), "weights": weights(float("nan"))}, "tensor 'weights' has a value that is no finite number"),
-        ({"ids": ids(1), "weights": weights(float("inf"))}, "tensor 'weights' has a value that is no finite number"),
-        ({"ids": b"12345", "weights": weights(1)}, "has 5 bytes, no whole number of int32"),
+        ({**WHOLE, "x": ids(1)}, "tensors ids, weights, word_weights, words, x given"),
+        ({**WHOLE, "weights": weights(1, 2)}, "tensor 'weights' has another length than 'ids'"),
+        ({**WHOLE, "words": ids(1)}, "tensor 'word_weights' has another length than 'words'"),
+        ({**WHOLE, "ids": ids(), "weights": weights()}, "tensor 'ids' has 0 values, 1 to 100"),
+        ({**WHOLE, "words": ids(), "word_weights": weights()}, "tensor 'words' has 0 values, 1 to 5"),
+        ({**WHOLE, "ids": ids(*range(101)), "weights": weights(*range(101))}, "'ids' has 101 values, 1 to 100 are taken"),
+        ({**WHOLE, "words": ids(*range(6)), "word_weights": weights(*range(6))}, "'words' has 6 values, 1 to 5 are taken"),
+        ({**WHOLE, "ids": ids(-1)}, r"tensor 'ids' has a value outside 0\.\.191"),
+        ({**WHOLE, "ids": ids(192)}, r"tensor 'ids' has a value outside 0\.\.191"),
+        ({**WHOLE, "words": ids(1, 64)}, r"tensor 'words' has a value outside 0\.\.63"),
+        ({**WHOLE, "ids": np.array([1])}, r"tensor 'ids' is int64 \[1\], the graph reads one row of int32"),
+        ({**WHOLE, "ids": ids(1)[None]}, r"is int32 \[1, 1\], the graph reads one row"),
+        ({**WHOLE, "ids": [1]}, "is list, the graph reads one row"),
+        ({**WHOLE, "weights": weights(float("nan"))}, "tensor 'weights' has a value that is no finite number"),
+        ({**WHOLE, "weights": weights(float("inf"))}, "tensor 'weights' has a value that is no finite number"),
+        ({**WHOLE, "word_weights": weights(1, float("nan"))}, "tensor 'word_weights' has a value that is no finite number"),
+        ({**WHOLE, "ids": b"12345"}, "has 5 bytes, no whole number of int32"),
     ],
 )
 def test_what_the_graph_can_not_read_is_named(inputs: dict[str, Any], message: str) -> None:

@@ -49,7 +49,7 @@ def failure(folder: Path, name: str, content: bytes, split: str = "train") -> Da
 @pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet", ".CSV"])
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, ending: str) -> None:
     split = load_split(task(tmp_path, write(tmp_path, f"rows{ending}", ROWS).name), "train")
-    assert split.texts == [text for text, _ in ROWS]
+    assert split.payloads == [text for text, _ in ROWS]
     assert split.y.tolist() == [0, 1, 0, 1]
 
 
@@ -140,7 +140,7 @@ def test_columns_may_have_other_names(tmp_path: Path) -> None:
 
 def test_a_byte_order_mark_is_no_part_of_a_column(tmp_path: Path) -> None:
     (tmp_path / "r.csv").write_bytes(b"\xef\xbb\xbftext,label\r\nx,a\r\ny,b\r\n")
-    assert load_split(task(tmp_path, "r.csv"), "train").texts == ["x", "y"]
+    assert load_split(task(tmp_path, "r.csv"), "train").payloads == ["x", "y"]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_a_byte_order_mark_is_no_part_of_a_column(tmp_path: Path) -> None:
 def test_a_stream_may_lack_labels_or_know_others(tmp_path: Path, content: str, labels: list[int] | None) -> None:
     (tmp_path / "s.csv").write_text(content)
     split = load_split(task(tmp_path, "x.csv", stream="s.csv"), "stream")
-    assert split.texts == ["x", "y"]
+    assert split.payloads == ["x", "y"]
     assert (None if split.labels is None else split.labels.tolist()) == labels
 
 
@@ -166,5 +166,5 @@ def test_calibration_may_hold_one_class(tmp_path: Path) -> None:
 def test_a_part_of_a_split() -> None:
     whole = Split("s", ["x", "y", "z"], np.array([0, 1, 0]))
     part = whole.take([2, 0])
-    assert (part.texts, part.y.tolist(), len(part)) == (["z", "x"], [0, 0], 2)
+    assert (part.payloads, part.y.tolist(), len(part)) == (["z", "x"], [0, 0], 2)
     assert Split("s", ["x", "y"], None).take([1]).labels is None

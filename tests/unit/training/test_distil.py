@@ -113,12 +113,12 @@ def test_a_round_joins_labels_and_the_rows_that_pass(direction: str) -> None:
     logits = np.zeros((20, len(LABELS)), np.float32)
     logits[::2, 1] = 9  # every second row is sure
     spec = msgspec.structs.replace(task.distill, teacher_epsilon=0.9, direction=direction)  # type: ignore[arg-type]
-    examples, passed, used = round_examples(kind, labelled, own, judge, kind.featurise(more.texts), logits, spec)
+    examples, passed, used = round_examples(kind, labelled, own, judge, kind.featurise(more.payloads), logits, spec)
     assert passed == 0.5 and used.tolist() == list(range(0, 20, 2))
     assert len(examples) == 70 and examples.features.shape[0] == 70
     assert examples.labelled.tolist() == [True] * 60 + [False] * 10
     assert examples.reverse.tolist() == [False] * 60 + [direction == "reverse"] * 10
-    assert (examples.features[60:] != kind.featurise([more.texts[i] for i in used])).nnz == 0
+    assert (examples.features[60:] != kind.featurise([more.payloads[i] for i in used])).nnz == 0
     assert examples.targets[60:].argmax(1).tolist() == [1] * 10
     assert np.isfinite(kind.predict(kind.fit(examples), examples.features).logits).all()
 
@@ -203,7 +203,7 @@ def test_each_method_is_one_configuration_of_the_same_round(method: str, judged:
     logits = np.random.default_rng(0).normal(0, 2, (20, len(LABELS))).astype(np.float32)
     epsilon = float(np.median(judge.confidence(own)))
     spec = msgspec.structs.replace(task.distill, direction="reverse", teacher_epsilon=0.0, judge_epsilon=epsilon)
-    examples, _, _ = round_examples(kind, labelled, own, judge, kind.featurise(more.texts), logits, spec)
+    examples, _, _ = round_examples(kind, labelled, own, judge, kind.featurise(more.payloads), logits, spec)
     taught = examples.targets[60:]
     assert examples.weights[60:].tolist() == [1.0] * 20
     with_judge = examples.weights[:60] > 1
@@ -260,7 +260,7 @@ def test_what_is_not_replayed_stays_with_no_weight(judged: tuple[Judge, Predicti
     judge = fit_judge(task.judge, own, labelled.targets)
     spec = msgspec.structs.replace(task.distill, replay=0.25, teacher_epsilon=0.0)
     logits = 5 * one_hot(more.y, len(LABELS))
-    examples, _, _ = round_examples(kind, labelled, own, judge, kind.featurise(more.texts), logits, spec)
+    examples, _, _ = round_examples(kind, labelled, own, judge, kind.featurise(more.payloads), logits, spec)
     assert len(examples) == 80 and (examples.weights[:60] > 0).sum() == 15
     # Fitted as if the others weren't there: their labels can be anything.
     other = examples.targets.copy()

@@ -97,7 +97,7 @@ def test_a_better_round_passes_on_gold(first: Run, distil: Distil, task: Task, g
     assert verdict["passed"] and not verdict["weak"] and verdict["failed"] == []
     assert set(verdict["figures"]) == {"gold", "round 0"} and verdict["tolerance"] == 0.01
     figures = verdict["figures"]["gold"]
-    answers = [kind.predict(run.small, kind.featurise(gold.texts)).logits.argmax(1) for run in (first, new)]
+    answers = [kind.predict(run.small, kind.featurise(gold.payloads)).logits.argmax(1) for run in (first, new)]
     assert [figures["before"], figures["after"]] == [pytest.approx((a == gold.y).mean()) for a in answers]
     assert figures["difference"] > 0.05 and figures["interval"][0] > 0
 
@@ -124,7 +124,7 @@ def test_the_systems_are_compared_at_one_call_rate(first: Run, distil: Distil, t
         assert figures["cloud_rate"] == 0.3
         # The large model is always right here: a system's mistakes are local ones, of 70 %.
         for run, accuracy in ((old, figures["before"]), (candidate, figures["after"])):
-            p = kind.predict(run.small, kind.featurise(gold.texts))
+            p = kind.predict(run.small, kind.featurise(gold.payloads))
             local = run.score(p) > epsilon_for_rate(run.score(p), 0.3)
             assert accuracy == pytest.approx(1 - (p.logits.argmax(1) != gold.y)[local].sum() / 600, abs=1e-9)
             assert local.mean() == pytest.approx(0.7, abs=0.02)
@@ -134,7 +134,7 @@ def test_the_systems_are_compared_at_one_call_rate(first: Run, distil: Distil, t
 
 def test_too_little_gold_shows_nothing_and_the_tolerance_is_the_tasks(first: Run, distil: Distil, task: Task, gold: Split) -> None:
     new, kind = distil(texts=60), Ngrams(task, None)
-    before, after = (kind.predict(run.small, kind.featurise(gold.texts)).logits.argmax(1) == gold.y for run in (first, new))
+    before, after = (kind.predict(run.small, kind.featurise(gold.payloads)).logits.argmax(1) == gold.y for run in (first, new))
     chosen = [np.flatnonzero(before & ~after)[:1], np.flatnonzero(after & ~before)[:2], np.flatnonzero(before & after)[:37]]
     few = gold.take(np.concatenate(chosen))
     verdict = gate(first, new, kind, few)
@@ -167,7 +167,7 @@ def test_a_run_without_all_of_its_labels_can_be_distilled_again(distil: Distil, 
     once = distil(replay=0.3, texts=150)
     twice = distil(previous=once, replay=0.3)
     train = load_split(task, "train")
-    assert once.texts[:72] == twice.texts[:72] == train.texts
+    assert once.payloads[:72] == twice.payloads[:72] == train.payloads
     assert 0 < (once.weights[:72] > 0).sum() == (twice.weights[:72] > 0).sum() < 36
     assert ((once.weights[:72] > 0) != (twice.weights[:72] > 0)).any(), "each round draws anew"
     assert twice.metrics["forgetting"]["before"] == once.metrics["forgetting"]["after"]

@@ -17,7 +17,7 @@ from training.data import Split, load_split
 from training.evaluate import wilson
 from training.fit import one_hot
 from training.floor import TfidfLinear
-from training.ngrams import NgramModel, WordVectors, distil_words, encode, fit_ngrams
+from training.ngrams import NgramModel, WordVectors, distil_words, encode, fit_ngrams, joined
 from training.program import labelled_examples
 from training.small import Ngrams
 
@@ -31,14 +31,14 @@ def vectors(size: int = 6) -> WordVectors:
 
 
 def fitted(data: Split, words: WordVectors | None) -> NgramModel:
-    x = encode(data.texts, PREPROCESSOR)
+    x = encode(data.payloads, PREPROCESSOR)
     return fit_ngrams(x, one_hot(data.y, len(LABELS)), np.ones(len(data), np.float32), words)
 
 
 def answer(model: NgramModel, *texts: str) -> tuple[np.ndarray, ...]:
     inputs = PREPROCESSOR.batch(texts)
     with torch.inference_mode():
-        return tuple(part.numpy() for part in model(torch.from_numpy(inputs["ids"]), torch.from_numpy(inputs["weights"])))
+        return tuple(part.numpy() for part in model(*map(torch.from_numpy, joined(inputs))))
 
 
 @pytest.mark.parametrize("words", [None, vectors()], ids=["plain", "vectors"])
@@ -55,7 +55,7 @@ def test_the_devices_arithmetic_gives_what_training_optimised(words: WordVectors
     monkeypatch.setattr("training.ngrams.fit_softmax", spy)
     data = split(80)
     model = fitted(data, words)
-    logits, _, _ = answer(model, *data.texts)
+    logits, _, _ = answer(model, *data.payloads)
     assert np.abs(logits).max() > 1
     assert logits == pytest.approx(caught["logits"], abs=2e-4 * float(np.abs(logits).max()))
     assert (logits.argmax(1) == data.y).mean() > 0.9
@@ -112,7 +112,7 @@ def test_word_vectors_keep_the_strongest_directions_and_one_row_a_bucket() -> No
 
 def test_a_prediction_does_not_depend_on_how_rows_were_batched(monkeypatch: pytest.MonkeyPatch) -> None:
     task = parse_task({"task": {"id": "t", "labels": list(LABELS)}, "preprocess": {"buckets": SPEC.buckets}}, "t")
-    kind, texts = Ngrams(task, None), [*split(40).texts, "", "oil " * 30]
+    kind, texts = Ngrams(task, None), [*split(40).payloads, "", "oil " * 30]
     whole = kind.predict(MODEL, kind.featurise(texts))
     assert whole.logits == pytest.approx(answer(MODEL, *texts)[0], abs=1e-5)
     monkeypatch.setattr("training.small._CELLS", 1)  # one row a batch
@@ -153,8 +153,8 @@ def test_without_vectors_the_model_is_not_below_tf_idf_at_eight_labels_a_class(n
     train, test = load_split(task, "train"), load_split(task, "test")
     test = test.take(np.random.default_rng(0).permutation(len(test))[:1500])
     kind = Ngrams(task, None)
-    ours = kind.predict(kind.fit(labelled_examples(task, kind, train)), kind.featurise(test.texts)).logits.argmax(1)
-    floor = TfidfLinear(train.texts, train.y, len(task.labels)).probabilities(test.texts).argmax(1)
+    ours = kind.predict(kind.fit(labelled_examples(task, kind, train)), kind.featurise(test.payloads)).logits.argmax(1)
+    floor = TfidfLinear(train.payloads, train.y, len(task.labels)).probabilities(test.payloads).argmax(1)
     right = int((ours == test.y).sum())
     low, _ = wilson(int((floor == test.y).sum()), len(test))
     assert right / len(test) > low, f"{right / len(test):.3f}, floor {(floor == test.y).mean():.3f}"

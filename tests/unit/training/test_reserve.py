@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tiny_kit import sentences
 
-from kcm.app.samples import fresh_texts
+from kcm.app.samples import fresh_payloads
 from kcm.policy import epsilon_for_rate
 from kcm.task import load_task
 from training.data import load_split
@@ -29,8 +29,8 @@ def test_after_a_round_a_rate_is_read_off_the_reserve_alone(tiny_run: Run, tiny_
     """The hard half of the stream was distilled: what is left of it, but for the reserve, is easy."""
     task = load_task(tiny_task)
     kind = Ngrams(task, None)
-    stream = load_split(task, "stream").texts
-    assert fresh_texts(tiny_run) == [text for text in stream if text not in set(tiny_run.texts)]
+    stream = load_split(task, "stream").payloads
+    assert fresh_payloads(tiny_run) == [text for text in stream if text not in set(tiny_run.payloads)]
     confidence = tiny_run.judge.confidence(kind.predict(tiny_run.small, kind.featurise(stream)))
     hard = confidence <= epsilon_for_rate(confidence, 0.5)
     taught = [text for text, is_hard in zip(stream, hard, strict=True) if is_hard and not reserved(text)]
@@ -49,6 +49,6 @@ def test_after_a_round_a_rate_is_read_off_the_reserve_alone(tiny_run: Run, tiny_
         seed=0,
         progress=lambda _: None,
     )
-    fresh = fresh_texts(replace(new))
+    fresh = fresh_payloads(replace(new))
     assert fresh == [text for text in stream if reserved(text)]
     assert {bool(is_hard) for text, is_hard in zip(stream, hard, strict=True) if text in set(fresh)} == {True, False}

@@ -37,7 +37,7 @@ def taken(all_rows: Rows, spec: DistillSpec, cuts: list[int]) -> Rows:
 def test_without_a_cap_everything_stays_in_order() -> None:
     everything = rows(300)
     kept = taken(everything, DistillSpec(), [10, 150])
-    assert kept.texts == everything.texts
+    assert kept.payloads == everything.payloads
     assert np.array_equal(kept.logits, everything.logits) and np.array_equal(kept.p_escalate, everything.p_escalate)
 
 
@@ -63,10 +63,10 @@ def test_caps_hold_in_pieces_as_at_once(count: int, cuts: list[int], most: int, 
         assert max(Counter(others.logits.argmax(1).tolist()).values(), default=0) <= per_class
     if per_edge:
         assert max(Counter(others.edges.tolist()).values(), default=0) <= per_edge
-    assert kept.texts == sorted(kept.texts, key=lambda text: int(text.split()[1]))
+    assert kept.payloads == sorted(kept.payloads, key=lambda text: int(text.split()[1]))
     at_once = everything.take(survivors(everything.priority, everything.logits.argmax(1), everything.edges, spec))
     if not (per_class and per_edge):
-        assert kept.texts == at_once.texts
+        assert kept.payloads == at_once.payloads
     explored = int((everything.priority < 1).sum())
     assert int((kept.priority < 1).sum()) == min(most, explored)
 
@@ -91,7 +91,7 @@ def test_every_row_has_the_same_chance() -> None:
             np.zeros(60, np.int64),
             1 + rng.random(60),
         )
-        held[[int(text) for text in taken(plain, DistillSpec(max_rows=20), [20, 40]).texts]] += 1
+        held[[int(text) for text in taken(plain, DistillSpec(max_rows=20), [20, 40]).payloads]] += 1
     share, error = held / draws, np.sqrt(1 / 3 * 2 / 3 / draws)
     assert np.abs(share - 1 / 3).max() < 4.5 * error
     assert abs(share[:20].mean() - share[40:].mean()) < 4.5 * error * np.sqrt(2 / 20)

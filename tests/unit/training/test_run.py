@@ -23,15 +23,15 @@ from training.small import Ngrams
 
 
 def test_a_run_comes_back_equal(tiny_run: Run, tiny_task: Path, tmp_path: Path) -> None:
-    run = replace(tiny_run, texts=[*tiny_run.texts[:-1], 'line\u2028sep\r\n"quoted" \\ 東京'])
+    run = replace(tiny_run, payloads=[*tiny_run.payloads[:-1], 'line\u2028sep\r\n"quoted" \\ 東京'])
     save_run(tmp_path / "again", run)
     again = load_run(tmp_path / "again")
-    assert again.info == run.info and again.threshold == run.threshold and again.texts == run.texts
+    assert again.info == run.info and again.threshold == run.threshold and again.payloads == run.payloads
     assert again.metrics == run.metrics
     for name in ("targets", "weights", "labelled"):
         assert np.array_equal(getattr(again, name), getattr(run, name)), name
     kind = Ngrams(run.task, None)
-    features = kind.featurise(load_split(load_task(tiny_task), "test").texts)
+    features = kind.featurise(load_split(load_task(tiny_task), "test").payloads)
     for one, other in ((again, run),):
         first, second = kind.predict(one.small, features), kind.predict(other.small, features)
         assert np.array_equal(first.logits, second.logits)
@@ -60,7 +60,7 @@ def test_a_run_without_a_mistake_has_no_ranking_and_still_strict_json(tiny_task:
     """AUROC doesn't exist where every answer is right."""
     task = load_task(tiny_task)
     train = load_split(task, "train")
-    easy = replace(train, texts=[f"word{label} word{label}" for label in train.y])
+    easy = replace(train, payloads=[f"word{label} word{label}" for label in train.y])
     run = train_run(task, Ngrams(task, None), easy, None, seed=0, progress=lambda _: None)
     save_run(tmp_path / "run", run)
     metrics = msgspec.json.decode((tmp_path / "run" / "metrics.json").read_bytes())
@@ -98,7 +98,7 @@ def test_saving_again_never_shows_a_mixture(tiny_run: Run, tmp_path: Path) -> No
     """run.json goes first and comes last: a crash in between leaves no run."""
     folder = tmp_path / "run"
     save_run(folder, tiny_run)
-    broken = replace(tiny_run, texts=[object()])  # type: ignore[list-item]
+    broken = replace(tiny_run, payloads=[object()])  # type: ignore[list-item]
     with pytest.raises(TypeError):
         save_run(folder, broken)
     with pytest.raises(ConfigError, match="no finished run"):
@@ -153,7 +153,7 @@ def test_a_round_learns_from_the_teacher(tiny_run: Run, tiny_task: Path) -> None
         Ngrams(task, None),
         load_split(task, "train"),
         load_split(task, "test"),
-        more.texts,
+        more.payloads,
         logits,
         parent="p",
         teacher_id="t",
@@ -163,6 +163,6 @@ def test_a_round_learns_from_the_teacher(tiny_run: Run, tiny_task: Path) -> None
     )
     assert new.metrics["test"]["accuracy"] > tiny_run.metrics["test"]["accuracy"] + 0.02
     assert (new.info.round, new.info.parent, new.info.teacher_id) == (1, "p", "t")
-    assert new.labelled.sum() == SIZES["train"] and len(new.texts) == SIZES["train"] + len(more)
-    assert new.texts[: SIZES["train"]] == tiny_run.texts
+    assert new.labelled.sum() == SIZES["train"] and len(new.payloads) == SIZES["train"] + len(more)
+    assert new.payloads[: SIZES["train"]] == tiny_run.payloads
     assert (new.metrics["teacher_rows"], new.metrics["teacher_rows_used"]) == (len(more), 1.0)

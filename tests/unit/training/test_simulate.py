@@ -49,7 +49,7 @@ def task(tiny_task: Path) -> Task:
 def setting(task: Task) -> Setting:
     train, stream, test = (load_split(task, name) for name in ("train", "stream", "test"))
     teacher = Truth(task)
-    large = teacher(test.texts)
+    large = teacher(test.payloads)
     large[:10] = np.roll(large[:10], 1, axis=1)  # it isn't always right
     teacher.asked.clear()
     return Setting(
@@ -117,21 +117,21 @@ def test_only_a_share_of_a_chunk_is_asked_about_and_the_reserve_never(task: Task
     together = np.concatenate([*drawn.chunks, drawn.reserve])
     assert sorted(together.tolist()) == list(range(len(setting.stream)))
     loop = Loop(task, setting.kind, setting.train, setting.stream, teacher, seed=3)
-    assert set(teacher.asked) <= set(setting.train.texts), "round 0 asks about nothing but what is labelled"
+    assert set(teacher.asked) <= set(setting.train.payloads), "round 0 asks about nothing but what is labelled"
     teacher.asked.clear()
     for number, chunk in enumerate(drawn.chunks):
         before = len(teacher.asked)
         loop.advance(chunk, drawn.reserve, SHARE)
         asked = set(teacher.asked[before:])
         assert 0 < len(asked) <= SHARE * len(chunk), number
-        assert asked <= {setting.stream.texts[i] for i in chunk}
-    assert not set(teacher.asked) & {setting.stream.texts[i] for i in drawn.reserve}
+        assert asked <= {setting.stream.payloads[i] for i in chunk}
+    assert not set(teacher.asked) & {setting.stream.payloads[i] for i in drawn.reserve}
     assert len(loop.escalated) == len(set(loop.escalated.tolist())) == len(teacher.asked)
     assert all(re.search(r" n\d+$", text) for text in teacher.asked) and len(TOPICS) == 6
 
 
 def test_labels_of_the_stream_are_never_read(task: Task, setting: Setting) -> None:
-    wrong = Split("stream", setting.stream.texts, np.zeros(len(setting.stream), np.int64))
+    wrong = Split("stream", setting.stream.payloads, np.zeros(len(setting.stream), np.int64))
     rows = []
     for stream in (setting.stream, wrong):
         loop = Loop(task, setting.kind, setting.train, stream, Truth(task), seed=0)
@@ -280,7 +280,7 @@ def test_a_budget_of_nothing_asks_nothing(setting: Setting, method: str) -> None
     task = msgspec.structs.replace(setting.task, distill=msgspec.structs.replace(setting.task.distill, method=method))  # type: ignore[arg-type]
 
     def never(texts: list[str]) -> np.ndarray:
-        assert texts == setting.train.texts, "only the labels are asked about, to gauge the teacher"
+        assert texts == setting.train.payloads, "only the labels are asked about, to gauge the teacher"
         return setting.teacher(texts)
 
     loop = Loop(task, setting.kind, setting.train, setting.stream, never, seed=0)

@@ -55,14 +55,14 @@ def embedded(folder: Path, texts: list[str]) -> NDArray[np.float32]:
 def examples_of(kind: Encoder, data: Split, **changes: Any) -> Examples:
     ones = np.ones(len(data), np.float32)
     parts: dict[str, Any] = {"targets": one_hot(data.y, len(LABELS)), "weights": ones, "labelled": ones > 0, "reverse": ones < 0}
-    return Examples(features=kind.featurise(data.texts), **(parts | changes))
+    return Examples(features=kind.featurise(data.payloads), **(parts | changes))
 
 
 def test_an_encoder_goes_all_the_way_to_the_edge(task: Task, tmp_path: Path) -> None:
     data = split()
     journey = through(task, load_small_kind(task, lambda _: None), tmp_path, data)
     head = journey.run.small
-    expected = embedded(tmp_path / "encoder", data.texts) @ head.weight + head.bias
+    expected = embedded(tmp_path / "encoder", data.payloads) @ head.weight + head.bias
     assert [answer.label_id for answer in journey.answers] == expected.argmax(1).tolist()
     assert np.mean(expected.argmax(1) == data.y) > 0.7, "the head learnt nothing"
     assert journey.report.labels == 0 and journey.report.decisions == journey.report.excused
@@ -93,12 +93,12 @@ def test_the_head_learns_from_soft_targets_weights_and_direction(task: Task) -> 
         "soft": kind.fit(examples_of(kind, data, targets=soft)),
         "reverse": kind.fit(examples_of(kind, data, targets=soft, reverse=np.ones(len(data), bool))),
     }
-    features = kind.featurise(data.texts)
+    features = kind.featurise(data.payloads)
     largest = {name: np.abs(kind.predict(model, features).logits).mean() for name, model in models.items()}
     assert largest["soft"] < 0.7 * largest["hard"]
     assert np.abs(models["reverse"].weight - models["soft"].weight).max() > 1e-2
     # Rows that weigh nothing count for nothing, however wrong.
-    twice = Split("train", data.texts * 2, np.concatenate([data.y, (data.y + 1) % len(LABELS)]))
+    twice = Split("train", data.payloads * 2, np.concatenate([data.y, (data.y + 1) % len(LABELS)]))
     weights = np.repeat(np.array([1, 0], np.float32), len(data))
     without = kind.predict(kind.fit(examples_of(kind, twice, weights=weights)), features).logits
     np.testing.assert_allclose(without, kind.predict(models["hard"], features).logits, atol=5e-2)
@@ -129,7 +129,7 @@ def test_a_run_holds_its_encoder_to_the_hash(task: Task, tmp_path: Path) -> None
 def test_settings_that_can_not_work_say_what_to_set(bert: Path, tmp_path: Path) -> None:
     small = {"kind": "encoder", "path": str(bert)}
     for changed, preprocess, said in (
-        (small, {}, '"encoder" reads "tokenizer"'),
+        (small, {}, 'small kind "encoder" reads "tokenizer"'),
         ({"kind": "encoder"}, PREPROCESS, "needs a path"),
         ({"kind": "encoder", "path": "nowhere"}, PREPROCESS, "is not at"),
         (small, {**PREPROCESS, "tokenizer": "tokenizer.json"}, "brings its own"),

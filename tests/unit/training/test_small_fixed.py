@@ -15,6 +15,7 @@ from kcm.errors import ConfigError
 from kcm.preprocess import NgramPreprocessor
 from kcm.task import Task
 from training.fixed import Fixed, FixedGraph
+from training.ngrams import joined
 from training.program import distil_run, train_run
 from training.run import load_run, save_run
 
@@ -53,7 +54,7 @@ def test_a_graph_on_tokens_goes_all_the_way_to_the_edge(tmp_path: Path, graph: G
     task = placed(tmp_path, graph.model(), logits=graph.logits)
     data = split()
     journey = through(task, load_small_kind(task, lambda _: None), tmp_path, data)
-    expected = by_hand(data.texts)
+    expected = by_hand(data.payloads)
     assert [answer.label_id for answer in journey.answers] == expected.argmax(1).tolist()
     np.testing.assert_allclose(journey.run.out_of_fold.logits, expected, atol=5e-3 if graph.half else 1e-5)
     assert journey.report.labels == 0 and journey.report.decisions == journey.report.excused
@@ -72,11 +73,11 @@ def test_a_graph_on_hashed_ngrams_goes_all_the_way_to_the_edge(tmp_path: Path) -
     data = split()
     journey = through(task, load_small_kind(task, lambda _: None), tmp_path, data)
     values, preprocessor = ngram_table(), NgramPreprocessor(task.preprocess)
-    encoded = [preprocessor.encode(text) for text in data.texts]
-    expected = np.stack([weights @ values[ids] / weights.sum() for ids, weights in encoded])
+    rows = [joined(preprocessor.batch([text])) for text in data.payloads]
+    expected = np.concatenate([weights @ values[ids[0]] / weights.sum() for ids, weights in rows])
     assert [answer.label_id for answer in journey.answers] == expected.argmax(1).tolist()
     assert "tokenizer.json" not in journey.bundle.files
-    words = [len(set(text.split())) for text in data.texts]
+    words = [len(set(text.split())) for text in data.payloads]
     assert journey.run.out_of_fold.length.tolist() == words
 
 
@@ -93,11 +94,11 @@ def test_a_distillation_round_refits_the_judge_and_leaves_the_graph(tmp_path: Pa
     first = train_run(task, kind, data, None, seed=0, progress=lambda _: None)
     teacher = 8 * np.eye(len(LABELS), dtype=np.float32)[stream.y]
     second = distil_run(
-        first, kind, data, None, stream.texts, teacher, parent="p", teacher_id="t", gauge=None, seed=0, progress=lambda _: None
+        first, kind, data, None, stream.payloads, teacher, parent="p", teacher_id="t", gauge=None, seed=0, progress=lambda _: None
     )
     assert second.small == first.small and second.small.model == (tmp_path / "model.onnx").read_bytes()
     assert len(second.out_of_fold) == len(data) + len(stream)
-    probe = kind.featurise(stream.texts)
+    probe = kind.featurise(stream.payloads)
     assert np.abs(first.judge.confidence(probe) - second.judge.confidence(probe)).max() > 1e-3
 
 
@@ -122,7 +123,7 @@ def test_a_run_keeps_its_own_graph_and_refuses_features_of_another(tmp_path: Pat
     ("graph", "said"),
     [
         (Graph(logits="scores"), r"no output 'logits'; its outputs are 'probabilities', 'scores'"),
-        (Graph(classes=4), r"shape \[1, 4\] for one text, the task has 3 labels"),
+        (Graph(classes=4), r"shape \[1, 4\] for one sample, the task has 3 labels"),
         (Graph(first="tokens"), r"an input 'tokens'; \[preprocess\] kind = 'tokenizer' makes input_ids, attention_mask"),
         (Graph(extra="position_ids"), "an input 'position_ids'"),
         (Graph(batch=1), "can't run on texts of unlike length"),
@@ -193,7 +194,7 @@ def test_subgraphs_and_initializers_named_as_inputs_survive_the_fusion(tmp_path:
     task = placed(tmp_path, model)
     data = split()
     journey = through(task, Fixed(task), tmp_path, data)
-    np.testing.assert_allclose(journey.run.out_of_fold.logits, by_hand(data.texts) + 2, atol=1e-5)
+    np.testing.assert_allclose(journey.run.out_of_fold.logits, by_hand(data.payloads) + 2, atol=1e-5)
 
 
 @pytest.mark.parametrize("data", [b"", b"no graph at all"])

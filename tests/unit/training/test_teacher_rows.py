@@ -35,7 +35,7 @@ def stored(root: Path, *rows: object) -> Path:
 def test_texts_and_logits_come_back(tmp_path: Path) -> None:
     store = stored(tmp_path, row("1", text="one\nline «two»", answer_logits=A), row("2", text="two", answer_logits=B))
     lessons = read_lessons(store, TASK)
-    assert (lessons.texts, lessons.teacher_id, lessons.stored) == (["one\nline «two»", "two"], "rule", 2)
+    assert (lessons.payloads, lessons.teacher_id, lessons.stored) == (["one\nline «two»", "two"], "rule", 2)
     assert np.array_equal(lessons.logits, np.stack([A, B]).astype(np.float16).astype(np.float32))
     assert lessons.logits.dtype == np.float32
     assert lessons.p_escalate.tolist() == [1, 1]
@@ -46,12 +46,12 @@ def test_several_parts_and_replicas_are_one_store_and_a_sample_counts_once(tmp_p
     put(tmp_path, row("1", text="a", answer_logits=A), row("2", text="b", answer_logits=B), replica="1")
     compact(tmp_path)
     assert len(list((tmp_path / "parquet").glob("*.parquet"))) == 2
-    assert sorted(read_lessons(tmp_path, TASK).texts) == ["a", "b"]
+    assert sorted(read_lessons(tmp_path, TASK).payloads) == ["a", "b"]
 
 
 def test_other_tasks_and_other_labels_are_passed_over(tmp_path: Path) -> None:
     store = stored(tmp_path, row("1", text="ours"), row("2", task_id="other"), row("3", label_space="another"))
-    assert read_lessons(store, TASK).texts == ["ours"]
+    assert read_lessons(store, TASK).payloads == ["ours"]
     for other in (Task(id="third", labels=LABELS), Task(id="toy", labels=LABELS[::-1])):
         with pytest.raises(StoreError, match="nothing to learn from"):
             read_lessons(store, other)
@@ -62,7 +62,7 @@ def test_hinted_answers_are_never_distilled(tmp_path: Path) -> None:
     """They would teach the student what it said itself."""
     put(tmp_path, row("1", text="plain"), row("2", text="hinted", hint_arm=HintArm.CANDIDATES))
     compact(tmp_path, force=True)
-    assert read_lessons(tmp_path, TASK).texts == ["plain"]
+    assert read_lessons(tmp_path, TASK).payloads == ["plain"]
 
 
 def test_two_teachers_must_be_chosen_from(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_two_teachers_must_be_chosen_from(tmp_path: Path) -> None:
         read_lessons(store, TASK)
     assert "--teacher" in error.value.fix
     chosen = read_lessons(store, TASK, "new")
-    assert (chosen.texts, chosen.teacher_id, chosen.stored) == (["b"], "new", 1)
+    assert (chosen.payloads, chosen.teacher_id, chosen.stored) == (["b"], "new", 1)
     stored(tmp_path, row("3", text="c", teacher_id="new"))
     with pytest.raises(StoreError, match=r"no row of teacher 'none', but of new \(2 rows\), old \(1 row\)") as error:
         read_lessons(store, TASK, "none")
@@ -137,7 +137,7 @@ def test_no_changed_byte_changes_a_lesson(tmp_path: Path) -> None:
         except StoreError:
             refused += 1
         else:
-            assert (after.texts, after.teacher_id) == (before.texts, before.teacher_id), place
+            assert (after.payloads, after.teacher_id) == (before.payloads, before.teacher_id), place
             assert np.array_equal(after.logits, before.logits), place
     assert refused > 20
 
@@ -180,24 +180,26 @@ def test_caps_hold_per_answer_per_edge_and_in_all_and_spare_what_was_explored(tm
     store = stored(tmp_path, *rows)
     by_text = {r.payload: r for r in rows}
     explored = {f"text {i}" for i in range(0, 200, 10)}
-    assert len(read_lessons(store, TASK).texts) == 200
+    assert len(read_lessons(store, TASK).payloads) == 200
     for caps in ({"per_class": 7}, {"per_edge": 9}, {"per_class": 30, "per_edge": 11}):
         lessons = read_lessons(store, capped(**caps))
-        assert explored <= set(lessons.texts), "explored rows fall under no such cap"
-        rest = [by_text[text] for text in lessons.texts if text not in explored]
+        assert explored <= set(lessons.payloads), "explored rows fall under no such cap"
+        rest = [by_text[text] for text in lessons.payloads if text not in explored]
         classes, edges = Counter(int(r.answer_logits.argmax()) for r in rest), Counter(r.edge_id for r in rest)
         assert max(classes.values()) <= caps.get("per_class", 200) and max(edges.values()) <= caps.get("per_edge", 200)
         assert max(classes.values()) == caps.get("per_class") or max(edges.values()) == caps.get("per_edge")
         assert lessons.stored == 200
     fewest = read_lessons(store, capped(max_rows=15))
-    assert len(fewest.texts) == 15 and set(fewest.texts) <= explored, "before any other"
+    assert len(fewest.payloads) == 15 and set(fewest.payloads) <= explored, "before any other"
     some = read_lessons(store, capped(max_rows=50))
-    assert len(some.texts) == 50 and explored <= set(some.texts)
+    assert len(some.payloads) == 50 and explored <= set(some.payloads)
 
 
 def test_what_each_row_was_sent_for_comes_along(tmp_path: Path) -> None:
     lessons = read_lessons(stored(tmp_path, *mixed(40)), TASK)
-    assert dict(zip(lessons.texts, lessons.p_escalate.tolist(), strict=True)) == {f"text {i}": 1.0 if i % 20 else 0.25 for i in range(40)}
+    assert dict(zip(lessons.payloads, lessons.p_escalate.tolist(), strict=True)) == {
+        f"text {i}": 1.0 if i % 20 else 0.25 for i in range(40)
+    }
 
 
 def test_a_cap_leaves_the_same_rows_however_the_store_is_divided_and_others_for_another_seed(tmp_path: Path) -> None:
@@ -208,10 +210,10 @@ def test_a_cap_leaves_the_same_rows_however_the_store_is_divided_and_others_for_
         compact(tmp_path / "many")
     assert len(list((tmp_path / "many" / "parquet").glob("*.parquet"))) == 5
     first, other = read_lessons(one, task), read_lessons(tmp_path / "many", task)
-    assert first.texts == other.texts and np.array_equal(first.logits, other.logits)
-    assert first.logits.argmax(1).tolist() == [int({r.payload: r for r in rows}[t].answer_logits.argmax()) for t in first.texts]
+    assert first.payloads == other.payloads and np.array_equal(first.logits, other.logits)
+    assert first.logits.argmax(1).tolist() == [int({r.payload: r for r in rows}[t].answer_logits.argmax()) for t in first.payloads]
     again = read_lessons(one, task, seed=1)
-    assert again.texts != first.texts and len(again.texts) == len(first.texts)
+    assert again.payloads != first.payloads and len(again.payloads) == len(first.payloads)
 
 
 # Reads a store in a fresh process, and prints by how much that raised the most memory it ever held, in KiB. Not ru_maxrss: a child
@@ -227,7 +229,7 @@ def peak():
 task = Task(id="toy", labels=tuple(f"label {i}" for i in range(20)), distill=DistillSpec(max_rows=2000, per_class=int(sys.argv[2])))
 before = peak()
 lessons = read_lessons(Path(sys.argv[1]), task)
-print(len(lessons.texts), lessons.stored, peak() - before)
+print(len(lessons.payloads), lessons.stored, peak() - before)
 """
 
 

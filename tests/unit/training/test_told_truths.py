@@ -30,8 +30,8 @@ def test_told_samples_come_with_label_logits_and_weight(tmp_path: Path) -> None:
     found = read_truths(
         store(tmp_path, row("1", text="one", answer_logits=A), explored, row("3", text="untold"), **{"1": 2, "2": 0}), TASK, bool
     )
-    assert dict(zip(found.texts, found.labels.tolist(), strict=True)) == {"one": 2, "two": 0}
-    assert dict(zip(found.texts, found.weights.tolist(), strict=True)) == {"one": 1.0, "two": pytest.approx(50)}
+    assert dict(zip(found.payloads, found.labels.tolist(), strict=True)) == {"one": 2, "two": 0}
+    assert dict(zip(found.payloads, found.weights.tolist(), strict=True)) == {"one": 1.0, "two": pytest.approx(50)}
     assert np.array_equal(found.large, [A, A]) and found.teacher_id == "rule"
     # Two samples of weights 1 and 50 are hardly more than one.
     assert found.effective_n == pytest.approx(51**2 / (1 + 2500), rel=1e-3)
@@ -39,7 +39,7 @@ def test_told_samples_come_with_label_logits_and_weight(tmp_path: Path) -> None:
 
 def test_what_was_fitted_on_or_comes_twice_is_left_out(tmp_path: Path) -> None:
     root = store(tmp_path, row("1", text="seen"), row("2", text="new"), row("3", text="new"), **{"1": 1, "2": 1, "3": 1})
-    assert read_truths(root, TASK, lambda text: text != "seen").texts == ["new"]
+    assert read_truths(root, TASK, lambda text: text != "seen").payloads == ["new"]
 
 
 def test_nothing_told_and_several_teachers_are_refused(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_nothing_told_and_several_teachers_are_refused(tmp_path: Path) -> None:
     two = store(tmp_path / "b", row("1", text="one"), row("2", text="two", teacher_id="another"), **{"1": 1, "2": 1})
     with pytest.raises(StoreError, match="rows of 2 teachers"):
         read_truths(two, TASK, bool)
-    assert read_truths(two, TASK, bool, "another").texts == ["two"]
+    assert read_truths(two, TASK, bool, "another").payloads == ["two"]
     with pytest.raises(StoreError, match=r"that third answered, but about those of another \(1 row\), rule \(1 row\)") as error:
         read_truths(two, TASK, bool, "third")
     assert "--large FOLDER of that teacher" in error.value.fix
