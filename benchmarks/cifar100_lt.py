@@ -75,7 +75,8 @@ class Data:
 
 
 def make_task(data: Data, options: argparse.Namespace) -> Task:
-    net = NetSpec(depth=options.depth, width=options.width, epochs=options.epochs, learning_rate=options.rate, balance=options.balance)
+    recipe = {"depth": options.depth, "width": options.width, "epochs": options.epochs, "batch": options.batch}
+    net = NetSpec(**recipe, learning_rate=options.rate, balance=options.balance)
     preprocess = PreprocessSpec(kind="image", mean=MEAN, std=STD)
     if options.small == "efficientnet-lite":  # its weights want their own mean and std, the default
         net, preprocess = msgspec.structs.replace(net, frozen=True), PreprocessSpec(kind="image", size=options.size)
@@ -177,7 +178,7 @@ def report(summary: dict[str, Any]) -> str:
             lines.append(f"  round {row['round']}: " + "   ".join(cells).replace("kcm", f"{name} at 30 %"))
         lines.append(f"  at 30 % calls ({found['realised']:.1%} realised) minus the large model: {_interval(found['minus_large'])}")
         for pair, at in found["paired"].items():
-            lines.append(f"  {pair.replace('_minus_', ' − ')} at 30 %: {_interval(at['0.3'])}")
+            lines.append(f"  {pair.replace('_minus_', ' − ').replace('kcm', name)} at 30 %: {_interval(at['0.3'])}")
     for pair, at in summary.get("between", {}).items():
         lines.append(f"{pair.replace('_minus_', ' − ')} at 30 %: {_interval(at['0.3'])}")
     return "\n".join(lines)
@@ -219,10 +220,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--depth", type=int, default=8)
     parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=45)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=0.2, help="largest learning rate")
     parser.add_argument("--balance", default="softmax")
-    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--temperature", type=float, default=0.6, help="of distillation")
     parser.add_argument("--teacher-weight", type=float, default=1.0)
     parser.add_argument("--share", type=float, default=0.5, help="of the stream that may be asked about")
     parser.add_argument("--quick", action="store_true", help="one seed, one round, 4 epochs, 2,000 images of the stream")

@@ -81,7 +81,7 @@ class ClipModel:
         self.teacher_id = f"clip-{large.large_id}"
         self.prompt_id = fusion_id(temperature=large.temperature, weight=large.hint_weight) if self.reads_hints else "none"
         self.scores_kind = sample_pb2.Scores.LOGIT
-        self._gallery_DG = np.float32(float(model.logit_scale.exp())) * self._embedded_gallery(folder / GALLERY).T
+        self._gallery_DG = np.float32(float(model.logit_scale.detach().exp())) * self._embedded_gallery(folder / GALLERY).T
 
     def logits(self, samples: Sequence[Payload], hints: Sequence[Hint | None]) -> Float32:
         """float32 [B, G]: log_softmax(logits / T) + w · log p_hint. Raises ValueError where an image can't be read."""
@@ -93,6 +93,8 @@ class ClipModel:
         """[G, D], rows of length 1."""
         try:
             rows = msgspec.json.Decoder(Item).decode_lines(path.read_bytes())
+            if not rows:
+                raise ValueError("it is empty")
             content = [row.image if row.text is None else row.text for row in rows]
             if any((row.text is None) is self._images or payload is None for row, payload in zip(rows, content, strict=True)):
                 raise ValueError(f"a row is no {'text' if self._images else 'image'}")
@@ -101,7 +103,7 @@ class ClipModel:
             raise ConfigError(f"{path} can't be read as a gallery: {error}", fix="kcm train-large --task TASK --out FOLDER") from error
         total = np.zeros((len(self.labels), vectors.shape[1]), np.float32)
         labels = np.array([row.label for row in rows], np.int64)
-        counts = np.bincount(labels, minlength=len(self.labels)) if len(labels) and labels.min() >= 0 else np.zeros(len(self.labels))
+        counts = np.bincount(labels, minlength=len(self.labels)) if labels.min() >= 0 else np.zeros(len(self.labels))
         if len(counts) != len(self.labels) or not counts.all():
             raise ConfigError(f"{path} doesn't hold content for each of the {len(self.labels)} labels, and for no other")
         np.add.at(total, labels, vectors)

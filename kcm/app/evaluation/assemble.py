@@ -18,6 +18,7 @@ references         always-small, always-large: accuracy (FIGURE), calls, cost_pe
 paired{name}       per call rate {calibrated, exact}: ours minus the system in accuracy, {mean, low, high}
 operating_point    at the run's own ε: epsilon, target_calls, accuracy, calls (FIGUREs), cost_per_1000
 groups             counted_in, target, rows{many, medium, few}: classes, samples, accuracy{small, large, at_epsilon, kcm, tempered}
+recall{system}     of a retrieval task (else null): small, large, at_epsilon, each {"1", "5", "10"}: FIGUREs
 classes[]          where only the large model is right: label, counts (means over runs), what the small model says there
 latency            machine; local, cloud: p50_ms, p99_ms, samples, measured_on, milliseconds[]; degraded is null: not measured
 bytes_up           p50_per_sample, mean_per_sample, per_1000_requests, samples (messages)
@@ -52,6 +53,8 @@ from training.data import Split, identity, load_split
 from training.evaluate import wilson
 from training.groups import by_group, frequency_groups, rescued
 from training.protocol import OURS, SCHEMA, SEEDS, at_target, measure, spread
+from training.retrieval.recall import AT as RECALL_AT
+from training.retrieval.recall import rank_of_truth
 from training.run import Run
 
 Json = dict[str, Any]
@@ -73,7 +76,8 @@ def assemble(folders: Sequence[Path], runs: Sequence[Run], large_folder: Path, s
     test = load_split(task, "test")
     kind = load_small_kind(task, steps)
     large = Large(large_folder, task, steps)
-    large_right = large.right(test)
+    answers = large.answers(test)
+    large_right = answers.argmax(1) == test.y
     kept = labelled_split(task)
     labelled = None if kept is None else (kept, large.right(kept))
     features = Features(kind)
@@ -107,6 +111,7 @@ def assemble(folders: Sequence[Path], runs: Sequence[Run], large_folder: Path, s
         "operating_point": _operating_point(done, task),
         "groups": _groups(done, task, test, large_right),
         "classes": _classes(done, test, large_right),
+        "recall": _recall(done, test, answers) if task.gallery.file else None,
         "bytes_up": _bytes_up(sizes, len(test)),
     }
     steps("latency")
@@ -159,7 +164,7 @@ def _operating_point(done: Sequence[Evaluated], task: Task) -> Json:
 
 
 def _groups(done: Sequence[Evaluated], task: Task, test: Split, large_right: Bool) -> Json:
-    source = "large_train" if task.data.large_train else "train"
+    source = "large_train" if task.data.large_train and not task.gallery.file else "train"
     groups = frequency_groups(np.bincount(load_split(task, source).y, minlength=len(task.labels)))
     columns: dict[str, Float] = {
         "small": np.mean([e.trial.small_right for e in done], 0),
@@ -169,6 +174,17 @@ def _groups(done: Sequence[Evaluated], task: Task, test: Split, large_right: Boo
         "tempered": np.mean([at_target(e.trial, "tempered", GROUP_RATE)[0] for e in done], 0),
     }
     return {"counted_in": source, "target": GROUP_RATE, "rows": by_group(groups, test.y, columns)}
+
+
+def _recall(done: Sequence[Evaluated], test: Split, answers: Float) -> Json:
+    """Of a retrieval task: R@k of either model, and at each run's own ε, where a query has the whole list of whoever answers it."""
+    large = rank_of_truth(answers.astype(np.float32), test.y)
+    places: dict[str, list[Any]] = {"small": [], "large": [large], "at_epsilon": []}
+    for e in done:
+        small = rank_of_truth(e.test.logits, test.y)
+        places["small"].append(small)
+        places["at_epsilon"].append(np.where(_at_epsilon(e)[1], large, small))
+    return {name: {str(k): spread([float((one < k).mean()) for one in found]) for k in RECALL_AT} for name, found in places.items()}
 
 
 def _classes(done: Sequence[Evaluated], test: Split, large_right: Bool) -> list[Json]:

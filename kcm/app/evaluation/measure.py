@@ -115,13 +115,17 @@ class Large:
 
     def right(self, split: Split) -> NDArray[np.bool_]:
         """Whether it is right on each labelled sample, asked without a hint."""
+        right: NDArray[np.bool_] = self.answers(split).argmax(1) == split.y
+        return right
+
+    def answers(self, split: Split) -> NDArray[np.float32]:
+        """Its logits [N, C], without a hint."""
         parts = []
         for start in range(0, len(split), _CHUNK):
             self._steps(f"large model: {split.name}, {start} of {len(split)}")
             payloads = split.payloads[start : start + _CHUNK]
-            parts.append(self.model.logits(payloads, [None] * len(payloads)).argmax(1))
-        right: NDArray[np.bool_] = np.concatenate(parts) == split.y
-        return right
+            parts.append(self.model.logits(payloads, [None] * len(payloads)))
+        return np.concatenate(parts)
 
     def latency(self, payloads: Sequence[Payload]) -> list[float]:
         """Milliseconds per text, one at a time."""

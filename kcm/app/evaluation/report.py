@@ -80,6 +80,9 @@ def points(difference: Json) -> str:
     return f"{100 * difference['mean']:+.2f} [{100 * difference['low']:+.2f}, {100 * difference['high']:+.2f}]"
 
 
+_RECALLED = {"small": "small model", "large": "large model", "at_epsilon": "at the run's ε"}
+
+
 def table(result: Json) -> str:
     """For a terminal."""
     names, point, bytes_up = titles(result), result["operating_point"], result["bytes_up"]
@@ -107,6 +110,9 @@ def table(result: Json) -> str:
     for name, rates in result["paired"].items():
         if name != "oracle":
             lines.append(f"{names[name]:{width}}" + "".join(f"{points(rates[f'{rate:g}']['calibrated']):>24}" for rate in PAIRED))
+    for name, places in (result.get("recall") or {}).items():
+        recalls = "   ".join(f"R@{k} {percent(places[k])}" for k in places)
+        lines.append(f"{_RECALLED[name]:{width}} {recalls}")
     latency = result["latency"]
     lines += ["", f"local {_path(latency['local'])}; cloud {_path(latency['cloud'])}; {latency['machine']}"]
     if bytes_up["p50_per_sample"] is not None:

@@ -100,7 +100,9 @@ VISION = (
         quick=Budget(seeds=1, rounds=1, at_most=_FEW_IMAGES, epochs=2),
     ),
 )
-_EMOJI = "CLIP is EfficientNet-Lite0 and MiniLM with fitted heads, MSCOCO is emoji and their names, the gallery all of them"
+_EMOJI = (
+    "CLIP is EfficientNet-Lite0 and MiniLM with fitted heads, MSCOCO is emoji and their names: a gallery of 825 that no head was fitted on"
+)
 MULTIMODAL = (
     Part(
         name="emoji-i2t",

@@ -7,20 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import cloud_kit
+import msgspec
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from pair_kit import write_pairs
+from pair_kit import COLOURS, SHAPES, write_pairs
 
 from kcm.app.pairs import I2T, T2I, read_pairs, write_pair_tasks
 from kcm.assets import cache_dir
 from kcm.errors import ConfigError, DataError
 from kcm.preprocess import NgramPreprocessor
-from kcm.task import Task, load_task
+from kcm.task import PreprocessSpec, Task, load_task
 from training.data import load_split
-from training.fit import item_folds, one_hot
-from training.ngrams import WordVectors
+from training.fit import cross_fit, item_folds, one_hot
+from training.ngrams import WordVectors, mean_vectors
 from training.program import labelled_examples, train_run
 from training.retrieval.align import align, hubs, solve, standardised, unit
 from training.retrieval.gallery import load_gallery, load_pairs
@@ -54,23 +55,12 @@ def letters(texts: list[str] | tuple[str, ...]) -> Float32:
 
 
 def word_table() -> WordVectors:
-    preprocessor, words = NgramPreprocessor(load_task_spec()), sorted({w for t in ALL_WORDS for w in t.split()})
+    preprocessor, words = NgramPreprocessor(PreprocessSpec()), [*COLOURS, *SHAPES, "a", "in"]
     return WordVectors(np.array([preprocessor.word_bucket(word) for word in words], np.int64), letters(words))
-
-
-def load_task_spec():  # type: ignore[no-untyped-def]
-    from kcm.task import PreprocessSpec
-
-    return PreprocessSpec()
-
-
-ALL_WORDS = ("red green blue yellow black pink brown grey orange", "triangle square pentagon hexagon disc star cross bar ring dot a in")
 
 
 def text_task(folder: Path) -> Task:
     """The task with the gallery embedded by pixels, which need no weights."""
-    import msgspec
-
     task = load_task(folder)
     net = msgspec.structs.replace(task.small.net, weights="")
     return msgspec.structs.replace(task, small=msgspec.structs.replace(task.small, net=net))
@@ -199,8 +189,6 @@ def test_pooled_is_the_mean_of_an_items_rows(folders: dict[str, Path]) -> None:
 def test_a_gallery_that_is_wrong_says_where(folders: dict[str, Path], tmp_path: Path, text: str, said: str) -> None:
     task = load_task(folders[I2T])
     (tmp_path / "gallery.csv").write_text(text.format(first=task.labels[0]))
-    import msgspec
-
     with pytest.raises(DataError, match=said):
         load_gallery(msgspec.structs.replace(task, root=str(tmp_path)))
 
@@ -227,8 +215,9 @@ def test_a_task_is_a_retrieval_task_whole_or_not_at_all(folders: dict[str, Path]
 
 def test_image_queries(folders: dict[str, Path], tmp_path: Path) -> None:
     """Fitted on pictures of six items, saved, loaded and fused with its judge: one ranking everywhere, better than chance on new items."""
-    from export.precisions import Graphs
     from onnxruntime import InferenceSession
+
+    from export.precisions import Graphs
 
     torch.set_num_threads(1)
     task = load_task(folders[I2T])
@@ -247,8 +236,9 @@ def test_image_queries(folders: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_text_queries(folders: dict[str, Path], tmp_path: Path) -> None:
-    from export.precisions import Graphs
     from onnxruntime import InferenceSession
+
+    from export.precisions import Graphs
 
     torch.set_num_threads(1)
     task = text_task(folders[T2I])
@@ -268,30 +258,45 @@ def test_text_queries(folders: dict[str, Path], tmp_path: Path) -> None:
             np.testing.assert_array_equal(top[:, 0], before.argmax(1))
 
 
-def test_a_run_of_another_gallery_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    import msgspec
+def test_what_is_served_is_what_was_fitted(folders: dict[str, Path]) -> None:
+    """The models' logits on the very samples that the map was fitted on, computed beside them from pixels and from word vectors."""
+    task = load_task(folders[I2T])
+    kind = DualImages(task, lambda texts: letters(list(texts)))
+    examples = labelled_examples(task, kind, load_split(task, "train"))
+    flat = ((examples.features / np.float32(1) - 127) / 128).transpose(0, 3, 1, 2).reshape(len(examples), -1)
+    x = (flat - flat.mean(0)) / np.sqrt(flat.shape[1])
+    weight, gallery = align(x, examples.targets, examples.weights, kind.items, 0.1)
+    found = kind.predict(kind.fit(examples), examples.features).logits
+    np.testing.assert_allclose(found, x @ weight @ gallery, rtol=1e-3, atol=1e-3 * np.abs(found).max())
 
+    texts = DualTexts(text_task(folders[T2I]), word_table)
+    examples = labelled_examples(task, texts, load_split(load_task(folders[T2I]), "train"))
+    dense = mean_vectors(examples.features, word_table(), 3e-2).dense
+    weight, gallery = align(dense, examples.targets, examples.weights, texts.items, 0.3)
+    found = texts.predict(texts.fit(examples), examples.features).logits
+    np.testing.assert_allclose(found, dense @ weight @ gallery, rtol=1e-3, atol=1e-3 * np.abs(found).max())
+
+
+def test_a_run_of_another_gallery_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     from training.retrieval.image_query import load_dual_images
 
     task = load_task(folders[I2T])
     kind = DualImages(task, lambda texts: letters(list(texts)))
     kind.fit(labelled_examples(task, kind, load_split(task, "train"))).save(tmp_path)
     assert load_dual_images(tmp_path, task).classes == 45
-    with pytest.raises(ConfigError, match="45|44"):
+    with pytest.raises(ConfigError, match=r"45|44"):
         load_dual_images(tmp_path, msgspec.structs.replace(task, labels=task.labels[:44]))
 
 
 def test_judge_folds_keep_an_item_together(folders: dict[str, Path]) -> None:
     """Out of fold no picture of a query's item was fitted on: so says a kind that remembers what it saw."""
     task = load_task(folders[I2T])
-    seen: list[set[int]] = []
+    seen: list[set[int]] = []  # items of each fit
 
     class Watched(DualImages):
         def fit(self, examples):  # type: ignore[no-untyped-def]
             seen.append(set(examples.targets.argmax(1).tolist()))
             return super().fit(examples)
-
-    from training.fit import cross_fit
 
     kind, train = Watched(task, lambda texts: letters(list(texts))), load_split(task, "train")
     cross_fit(task, kind, labelled_examples(task, kind, train))
@@ -339,6 +344,11 @@ def test_simulate_train_export(folders: dict[str, Path], tmp_path: Path, kcm: Kc
     ):
         code, _, err = kcm(*command)
         assert code == 0, (command[0], err)
+    code, said, err = kcm("eval", run, "--large", large, "--out", tmp_path / "eval")
+    assert code == 0 and "at the run's ε" in said and "R@10" in said, err
+    found = json.loads((tmp_path / "eval" / "eval.json").read_text())
+    assert found["recall"]["large"]["5"]["mean"] == pytest.approx(last["recall"]["large"]["5"])
+    assert found["recall"]["small"]["1"]["mean"] == pytest.approx(found["references"]["always-small"]["accuracy"]["mean"])
     task, test = load_task(folder), load_split(load_task(folder), "test")
     model = load_large(large)
     assert (model.logits(test.payloads, [None] * len(test)).argmax(1) == test.y).mean() == pytest.approx(last["large_accuracy"])
