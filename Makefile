@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := train,export,edge,cpu,tensorrt-rtx,cloud,dev
-ASSETS ?= minilm r52 20newsgroups
+ASSETS ?= minilm r52 20newsgroups efficientnet-lite0
+WORKERS ?= 2  # test processes; a file's tests stay in one
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_CONSTRAINT := constraints.txt
@@ -29,7 +30,7 @@ demo: assets  ## the real thing in small: train, serve, stream, distil, swap, re
 	$(BIN)/kcm demo
 
 test: assets  ## every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-fast: setup  ## the quick ones, under three minutes
 	$(BIN)/python -m pytest -m "not slow and not fault"

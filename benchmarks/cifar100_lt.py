@@ -123,7 +123,7 @@ def one_seed(task: Task, data: Data, teacher: Any, seed: int, method: str, optio
 
     setting = Setting(
         task=task,
-        kind=load_vision(task, say, seed=seed),
+        kind=load_vision(task, say),
         train=data.edge(seed),
         stream=data.stream,
         test=data.test,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -16,6 +17,15 @@ def cache_dir() -> Path:
     if explicit := os.environ.get("KCM_CACHE"):
         return Path(explicit)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kcm"
+
+
+def file_sha256(path: Path) -> str:
+    """As hashlib.file_digest, which Python 3.10 lacks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def model_path(name_or_path: str, base: str = ".") -> Path:

@@ -95,8 +95,8 @@ def distinct(split: Split) -> Split:
 
 
 def divide(split: Split) -> tuple[Split, Split]:
-    """(selection, calibration) of one labelled file, by a hash of the text: the same in every round, and never the same sample in both."""
-    chosen = [draw(text, "selection") < SELECTION for text in split.payloads]
+    """(selection, calibration) of one labelled file, by a hash of each: the same in every round, none in both."""
+    chosen = [draw(payload, "selection") < SELECTION for payload in split.payloads]
     return split.take([i for i, c in enumerate(chosen) if c]), split.take([i for i, c in enumerate(chosen) if not c])
 
 

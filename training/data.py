@@ -158,6 +158,17 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def column_names(path: Path) -> list[str]:
+    """The columns of a file's first row; none where it can't be read."""
+    reader = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}.get(path.suffix.lower())
+    if reader is None or not path.is_file():
+        return []
+    try:
+        return list(next(reader(path), (0, {}))[1])
+    except DataError:
+        return []
+
+
 def label_names(path: Path, text_column: str, label_column: str) -> list[str]:
     """The distinct labels of a file, sorted: what `kcm init` writes into task.toml."""
     _, labels, _ = read_rows(path, text_column, label_column, labels_optional=False)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kcm.errors import DataError
 from kcm.task import Task
 from training.judge import Judge, Predictions, fit_judge, fit_temperature, harden
-from training.small import Examples, Small, subset
+from training.small import Examples, Small, seeded, subset
 
 Float32 = NDArray[np.float32]
 Progress = Callable[[str], None]
@@ -31,11 +31,12 @@ class Fitted:
 
 
 def fit(task: Task, kind: Small, examples: Examples, *, seed: int = 0, progress: Progress = lambda _: None) -> Fitted:
-    """Cross-fit, then fit on all.
+    """Cross-fit, then fit on all. `seed` draws the folds, the judge's start, and what the kind of small model draws.
 
     Raises:
         DataError: fewer examples than folds.
     """
+    kind = seeded(kind, seed)
     progress(f"small model on {len(examples)} examples, {task.judge.folds} folds")
     predictions = cross_fit(task, kind, examples, seed=seed)
     small = kind.fit(examples)

@@ -25,7 +25,7 @@ _SLACK = 4096  # rows that may wait for the next pruning: each costs a sort
 
 @dataclass(frozen=True)
 class Rows:
-    """N teacher rows: texts, logits [N, C], p_escalate [N], a number for the edge [N], and a priority [N]: the smaller stays.
+    """N teacher rows: payloads, logits [N, C], p_escalate [N], a number for the edge [N], and a priority [N]: the smaller stays.
 
     The priority is the draw in [0, 1) for an explored row, and 1 more for any other.
     """

@@ -13,7 +13,7 @@ from kcm.errors import DataError
 from kcm.policy import epsilon_for_rate
 from kcm.sample import Payload
 from kcm.task import Task
-from training.data import Split
+from training.data import Split, taken
 from training.distil import gauged, round_examples
 from training.fit import fit, one_hot
 from training.judge import Predictions
@@ -75,7 +75,7 @@ class Loop:
     def advance(self, chunk: Index, reserve: Index, share: float) -> None:
         """Ask about at most `share` of a chunk, then refit on labels and on the teacher logits so far, within the caps."""
         chosen, p_escalate, explored = self._escalate(chunk, reserve, share)
-        logits = self._teacher([self._stream.payloads[i] for i in chosen]) if len(chosen) else self._logits[:0]
+        logits = self._teacher(taken(self._stream.payloads, chosen)) if len(chosen) else self._logits[:0]
         self.escalated = np.concatenate([self.escalated, chosen])
         self._logits = np.concatenate([self._logits, logits])
         self._p_escalate = np.concatenate([self._p_escalate, p_escalate])

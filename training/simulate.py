@@ -36,7 +36,7 @@ class Setting:
     """What a simulation runs on. `large_test` are the large model's logits [N, C] on the test split.
 
     `selection`: labelled samples, in no other split, by which the head that routes is chosen and fitted; None: C_x routes.
-    `outside`: texts of no class of the task, which ought to escalate.
+    `outside`: samples of no class of the task, which ought to escalate.
     `frequency` [C] says which classes are the long tail's; without it the edge's own labels do.
     """
 
@@ -112,6 +112,7 @@ def simulate_seed(setting: Setting, seed: int, progress: Progress, method: str =
         row = {
             "round": number,
             **row,
+            "reserve": len(stream.reserve),
             "escalated_of_stream": len(loop.escalated) / max(1, len(setting.stream)),
             "teacher_epsilon": loop.spec.teacher_epsilon,
             "teacher_rows_used": loop.passed,
@@ -177,7 +178,7 @@ def _measure(
     if setting.outside:
         outside = setting.kind.predict(fitted.small, setting.outside_features)
         inside = np.arange(len(predictions) + len(outside)) < len(predictions)
-        # The logits' level says more about texts of no class than any score of being right, which shares them out.
+        # The logits' level says more about samples of no class than any score of being right, which shares them out.
         ranked: dict[str, Callable[[Predictions], Float32]] = {**scores, "largest_logit": lambda p: p.logits.max(1)}
         found = {name: auroc(np.concatenate([score(predictions), score(outside)]), inside) for name, score in ranked.items()}
         return {**row, "outside_auroc": found}, curves

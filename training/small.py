@@ -66,6 +66,12 @@ def subset(kind: Small, examples: Examples, index: Index) -> Examples:
     )
 
 
+def seeded(kind: Small, seed: int) -> Small:
+    """The kind with whatever it draws drawn by `seed`; most are fitted in closed form or solve a convex problem, and draw nothing."""
+    again: Callable[[int], Small] | None = getattr(kind, "seeded", None)
+    return kind if again is None else again(seed)
+
+
 class Ngrams:
     """Hashed n-grams and static word vectors into a linear layer (training/ngrams.py)."""
 

@@ -18,6 +18,7 @@ from kcm.policy import draw
 from kcm.sample import Payload, Purpose
 from kcm.task import Task
 from kcm.teacher import COLUMNS
+from training.data import identity
 from training.reserve import reserved
 from training.reservoir import Reservoir, Rows
 
@@ -49,7 +50,7 @@ def read_lessons(store: Path, task: Task, teacher_id: str = "", held_back: Colle
 
     Args:
         teacher_id: read only this teacher's rows; "" where the store holds one teacher.
-        held_back: texts that are never learnt from, those of the test, calibration and gold files.
+        held_back: identities of samples that are never learnt from, those of the test, calibration and gold files.
         seed: draws which rows stay where a cap leaves some out.
 
     Raises:
@@ -165,7 +166,7 @@ class _Found:
         return draw(f"{about['edge_id'][i]}\x00{about['sample_id'][i]}", f"lesson {self._seed}") + (0 if explored else 1)
 
     def _learnable(self, payload: Payload | None) -> bool:
-        return payload is not None and payload not in self._held_back and not (self._task.data.stream and reserved(payload))
+        return payload is not None and identity(payload) not in self._held_back and not (self._task.data.stream and reserved(payload))
 
 
 def _number(edge_id: str) -> int:

@@ -22,8 +22,8 @@ from transformers.utils import logging as hf_logging
 from cloud_server.models import LargeFile
 from kcm.errors import ConfigError
 from kcm.fusion import fuse, fusion_id, log_prior
-from kcm.images import ImagePreprocessor
-from kcm.preprocess import as_text
+from kcm.images import ImagePreprocessor, Pixels
+from kcm.preprocess import as_image, as_text
 from kcm.sample import Float32, Hint, Payload
 from kcm.task import PreprocessSpec
 from protos.kcm.v1 import sample_pb2
@@ -83,10 +83,22 @@ class ClipModel:
         self.scores_kind = sample_pb2.Scores.LOGIT
         self._gallery_DG = np.float32(float(model.logit_scale.detach().exp())) * self._embedded_gallery(folder / GALLERY).T
 
+    def read(self, payload: Payload) -> Pixels | str:
+        """An image's pixels uint8 [S, S, 3], or the text. Raises ValueError for another modality, or an image that can't be read."""
+        return self._preprocessor.pixels(as_image(payload)) if self._images else as_text(payload)
+
     def logits(self, samples: Sequence[Payload], hints: Sequence[Hint | None]) -> Float32:
-        """float32 [B, G]: log_softmax(logits / T) + w · log p_hint. Raises ValueError where an image can't be read."""
-        prior_BG = log_prior(hints if self.reads_hints else [None] * len(samples), len(self.labels))
-        queries_BD = self._image_vectors(samples) if self._images else self._text_vectors([as_text(sample) for sample in samples])
+        """float32 [B, G]: log_softmax(logits / T) + w · log p_hint. Raises ValueError as `read` does."""
+        parts = [
+            self.scores([self.read(sample) for sample in samples[start : start + _ROWS]], hints[start : start + _ROWS])
+            for start in range(0, len(samples), _ROWS)
+        ]
+        return np.concatenate(parts) if parts else np.empty((0, len(self.labels)), np.float32)
+
+    def scores(self, ready: Sequence[Any], hints: Sequence[Hint | None]) -> Float32:
+        """float32 [B, G] of queries that were read."""
+        prior_BG = log_prior(hints if self.reads_hints else [None] * len(ready), len(self.labels))
+        queries_BD = self._pixel_vectors(np.stack(ready)) if self._images else self._text_vectors(ready)
         return fuse(queries_BD @ self._gallery_DG, prior_BG, temperature=self._temperature, weight=self._weight)
 
     def _embedded_gallery(self, path: Path) -> Float32:
@@ -122,14 +134,14 @@ class ClipModel:
         return np.concatenate(parts)
 
     def _image_vectors(self, images: Sequence[Payload]) -> Float32:
-        spec, parts = self._spec, []
-        for start in range(0, len(images), _ROWS):
-            image_BSSC = torch.from_numpy(self._preprocessor.batch(images[start : start + _ROWS])["image"])
-            x = (image_BSSC.to(torch.float32) - torch.tensor(spec.mean)) / torch.tensor(spec.std)
-            with torch.inference_mode():
-                found = self._model.get_image_features(pixel_values=x.permute(0, 3, 1, 2).contiguous())
-            parts.append(_unit_rows(found))
-        return np.concatenate(parts)
+        starts = range(0, len(images), _ROWS)
+        return np.concatenate([self._pixel_vectors(self._preprocessor.batch(images[start : start + _ROWS])["image"]) for start in starts])
+
+    def _pixel_vectors(self, image_BSSC: Pixels) -> Float32:
+        spec, pixels = self._spec, torch.from_numpy(image_BSSC)
+        x = (pixels.to(torch.float32) - torch.tensor(spec.mean)) / torch.tensor(spec.std)
+        with torch.inference_mode():
+            return _unit_rows(self._model.get_image_features(pixel_values=x.permute(0, 3, 1, 2).contiguous()))
 
 
 def _unit_rows(found: Any) -> Float32:

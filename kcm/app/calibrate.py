@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from training.guarantee import Promise
     from training.run import Run
 
+_FEW = 50  # labelled samples, of which an accuracy is uncertain by ± 14 points
 _CURVE = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 _UNITS = {"pt": 0.01, "points": 0.01, "%": 0.01, "": 1.0}
 
@@ -138,6 +139,8 @@ def calibrate(
         typer.echo(json.dumps({**msgspec.to_builtins(threshold), "source": source, "curve": _curve(loaded, scores, labelled)}))
         return
     typer.echo(describe(threshold, source))
+    if threshold.method == "accuracy" and threshold.samples < _FEW:
+        typer.echo(f"warning: {threshold.samples} labelled samples say little of accuracies; {_FEW} or more are worth an ε", err=True)
     typer.echo(_table(_curve(loaded, scores, labelled), promise))
     typer.echo(f"{run / 'calibration.json'} written; next: kcm export {run} --out BUNDLE")
 

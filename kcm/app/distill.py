@@ -44,7 +44,7 @@ def distill(
 ) -> None:
     """One distillation round: labels, the large model's logits from the store, and the judge's confidence make a better run.
 
-    A tenth of all texts is never learnt from (call rates are calibrated on it), nor is any text of the test, calibration, selection
+    A tenth of all samples is never learnt from (call rates are calibrated on it), nor is any sample of the test, calibration, selection
     and gold files. Prints before and after.
     The new run's ε keeps the old one's call rate, or its ε; head, hint gate and a promise take `kcm calibrate`.
 
@@ -200,9 +200,11 @@ def _difference(figures: dict[str, Any]) -> str:
 
 
 def held_back(task: Task) -> set[Payload]:
-    """The samples of the task's test, calibration, selection and gold files: never learnt from, whoever sends them."""
+    """Identities of the samples of the task's test, calibration, selection and gold files: never learnt from, whoever sends them."""
+    from training.data import identity
+
     splits = (_optional(task, name) for name in _HELD_BACK)
-    return {payload for split in splits if split is not None for payload in split.payloads}
+    return {identity(payload) for split in splits if split is not None for payload in split.payloads}
 
 
 def _gauge(task: Task, large: Path, steps: Steps) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

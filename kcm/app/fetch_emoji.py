@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
+import http.client
 import json
 import os
 import re
 import shutil
 import tarfile
 import tempfile
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -147,7 +146,7 @@ def _wordings(emoji: dict[str, Any]) -> list[str]:
 def _download(archive: Archive) -> Path:
     """The archive in the cache, its hash checked each time."""
     target = assets.cache_dir() / "archives" / f"{archive.package}-{archive.version}.tgz"
-    if target.is_file() and _sha256(target) == archive.sha256:
+    if target.is_file() and assets.file_sha256(target) == archive.sha256:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     building = target.with_name(f".{os.getpid()}-{target.name}")
@@ -159,19 +158,14 @@ def _download(archive: Archive) -> Path:
             while (chunk := reply.read(_CHUNK)) and got <= most:
                 got += len(chunk)
                 out.write(chunk)
-        if (found := _sha256(building)) != archive.sha256:
+        if (found := assets.file_sha256(building)) != archive.sha256:
             raise UnavailableError(
                 f"{archive.url} has sha256 {found[:16]}…, not {archive.sha256[:16]}…", fix="try again, or name another NPM_CONFIG_REGISTRY"
             )
         building.replace(target)
-    except (urllib.error.URLError, OSError) as error:
+    except (OSError, http.client.HTTPException) as error:
         fix = "check the network, or name a registry: export NPM_CONFIG_REGISTRY=URL"
         raise UnavailableError(f"{archive.url} can't be had: {getattr(error, 'reason', error)}", fix=fix) from error
     finally:
         building.unlink(missing_ok=True)
     return target
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

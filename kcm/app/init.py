@@ -87,7 +87,7 @@ def init(
     text_column: str = typer.Option("text", help="Column that holds the text."),
     image_column: str = typer.Option("image", help="Column that holds an image's path, relative to the file."),
     label_column: str = typer.Option("label", help="Column that holds the label."),
-    modality: str = typer.Option("", help="text or image; default: image where --train is a folder or an .npz, else text."),
+    modality: str = typer.Option("", help="text or image; default: as --train looks."),
     pairs: Path | None = typer.Option(
         None, "--pairs", help="Instead of --train: a folder of images with captions, a .txt beside each or captions.csv of image,text."
     ),
@@ -115,7 +115,7 @@ def init(
     paths = (train, large_train, stream, calibration, selection, gold, test)
     given = dict(zip(_SPLITS, paths, strict=True))
     columns = DataSpec(text_column=text_column, image_column=image_column, label_column=label_column)
-    labels, images = _labels([path for path in (train, large_train) if path], columns, _modality(modality, train))
+    labels, images = _labels([path for path in (train, large_train) if path], columns, _modality(modality, train, columns))
     folder.mkdir(parents=True, exist_ok=True)
     files = {split: os.path.relpath(path.resolve(), folder.resolve()) for split, path in given.items() if path}
     write_task_toml(
@@ -175,15 +175,21 @@ def task_name(folder: Path) -> str:
     return name if any(map(str.isalnum, name)) else "task"
 
 
-def _modality(asked: str, train: Path) -> str:
-    """Raises ConfigError."""
+def _modality(asked: str, train: Path, columns: DataSpec) -> str:
+    """As asked, else as --train looks: images in a folder or an .npz, or in a table with their column. Raises ConfigError."""
+    from training.data import column_names
     from training.image_files import is_image_data
 
     if asked not in ("", "text", "image"):
         raise ConfigError(f"modality {asked!r} is unknown", fix="text or image")
     if asked == "text" and is_image_data(train):
         raise ConfigError(f"{train} holds images, and --modality says text", fix="leave --modality out")
-    return asked or ("image" if is_image_data(train) else "text")
+    if asked:
+        return asked
+    if is_image_data(train):
+        return "image"
+    names = column_names(train)
+    return "image" if columns.image_column in names and columns.text_column not in names else "text"
 
 
 def _labels(paths: Sequence[Path], columns: DataSpec, modality: str) -> tuple[list[str], Mapping[str, object] | None]:

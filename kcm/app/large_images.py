@@ -36,9 +36,19 @@ def make_large_images(task: Task, folder: Path, train: Split, progress: Progress
 
     fitted = fit_large(task, train, progress)
     weight = fit_hint_weight(fitted, hint_priors(task, train.take(fitted.kept_back), progress)) if hints else 0.0
-    progress(f"large model: temperature {fitted.temperature:.2f}, hint weight {weight:.2f}, on {len(fitted.kept_back)} rows kept back")
+    said = said_weight(weight, hints)
+    progress(f"large model: temperature {fitted.temperature:.2f}, {said}, on {len(fitted.kept_back)} rows kept back")
     graph = traced_images(fitted.model.module(), fitted.preprocess.size)
     save_large_images(folder, task, fitted, graph.SerializeToString(), weight)
+
+
+def said_weight(weight: float, hints: bool) -> str:
+    """How much a hint weighs, for progress."""
+    from training.vision.large import HEAVIEST
+
+    if not hints:
+        return "hints left out"
+    return f"hint weight {weight:.2f}" + (" (the most that is tried)" if weight > 0.99 * HEAVIEST else "")
 
 
 def describe_graph(task: Task, folder: Path, train: Split | None, progress: Progress, *, hints: bool) -> None:
@@ -74,7 +84,7 @@ def describe_graph(task: Task, folder: Path, train: Split | None, progress: Prog
     logits, shift = model.logits(train.payloads, [None] * len(train)), np.zeros(len(task.labels), np.float32)
     kept = KeptBack(logits, train.y, shift, fit_temperature(logits, train.y, shift))
     weight = fit_hint_weight(kept, hint_priors(task, train, progress)) if hints else 0.0
-    progress(f"large model: temperature {kept.temperature:.2f}, hint weight {weight:.2f}, on {len(train)} rows")
+    progress(f"large model: temperature {kept.temperature:.2f}, {said_weight(weight, hints)}, on {len(train)} rows")
     write(kept.temperature, weight)
 
 

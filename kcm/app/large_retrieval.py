@@ -40,7 +40,7 @@ def make_large_retrieval(task: Task, folder: Path, train: Split | None, progress
         DataError: the task names no pairs, or a row of them can't be read.
     """
     from cloud_server.models import load_large
-    from kcm.app.large_images import hint_priors
+    from kcm.app.large_images import hint_priors, said_weight
     from training.large_head import write_large
     from training.vision.large import KeptBack, fit_hint_weight, fit_temperature
 
@@ -57,7 +57,7 @@ def make_large_retrieval(task: Task, folder: Path, train: Split | None, progress
     nothing = np.zeros(len(task.labels), np.float32)
     kept = KeptBack(logits, train.y, nothing, fit_temperature(logits, train.y, nothing))
     weight = fit_hint_weight(kept, hint_priors(task, train, progress)) if hints else 0.0
-    progress(f"large model: temperature {_RAISED * kept.temperature:.3f}, hint weight {weight:.2f}, on {len(train)} labelled rows")
+    progress(f"large model: temperature {_RAISED * kept.temperature:.3f}, {said_weight(weight, hints)}, on {len(train)} labelled rows")
     write(_RAISED * kept.temperature, weight)
 
 

@@ -175,12 +175,34 @@ class LargeInProcess:
             model = load_large(folder)
             self._answer = lambda payloads: _asked(model, payloads, progress)
 
+    @classmethod
+    def of(cls, task: Task, folder: Path, progress: Progress) -> LargeInProcess:
+        """The large model that `kcm train-large` made in `folder`.
+
+        Raises:
+            ConfigError: there is none, or it is of other labels.
+        """
+        from cloud_server.models import load_large
+
+        model = load_large(folder)
+        if model.labels != task.labels:
+            raise ConfigError(f"{folder} has other labels than task {task.id}", fix="kcm train-large --task TASK --out FOLDER")
+        made = cls.__new__(cls)
+        made.folder, made._known = folder, {}
+        made._answer = lambda payloads: _asked(model, payloads, progress)
+        return made
+
     def logits(self, payloads: Sequence[Payload]) -> Float32:
         """[N, C], without a hint."""
-        missing = [payload for payload in dict.fromkeys(payloads) if payload not in self._known]
+        from training.data import identity, taken
+
+        keys, missing = list(map(identity, payloads)), dict[Payload, int]()
+        for row, key in enumerate(keys):
+            if key not in self._known:
+                missing.setdefault(key, row)
         if missing:
-            self._known.update(zip(missing, self._answer(missing), strict=True))
-        return np.stack([self._known[payload] for payload in payloads])
+            self._known.update(zip(missing, self._answer(taken(payloads, list(missing.values()))), strict=True))
+        return np.stack([self._known[key] for key in keys])
 
     @staticmethod
     def _embed(encoder: Any, payloads: Sequence[Payload], progress: Progress, pairs: Sequence[str | None] | None = None) -> Float32:

@@ -139,6 +139,8 @@ def read_pairs(folder: Path) -> list[Item]:
             if not image or not text or not str(image).strip() or not str(text).strip():
                 raise DataError(f"{table}:{line}: image or text is missing or empty", fix="the columns are image and text")
             path = folder / str(image)
+            if Path(str(image)).is_absolute() or ".." in Path(str(image)).parts:
+                raise DataError(f"{table}:{line}: {image} lies outside {folder}", fix="image is a path below the folder of captions.csv")
             if not path.is_file():
                 raise DataError(f"{table}:{line}: {path} does not exist")
             texts.setdefault(path, []).append(" ".join(str(text).split()))
@@ -149,10 +151,24 @@ def read_pairs(folder: Path) -> list[Item]:
         raise DataError(
             f"{folder} holds no image with a text", fix="captions.csv with the columns image and text, or a .txt beside each image"
         )
+    _check_images(texts)
     grouped: dict[tuple[str, ...], list[Path]] = {}
     for path, wordings in texts.items():
         grouped.setdefault(tuple(dict.fromkeys(wordings)), []).append(path)
     return [Item(paths[0].relative_to(folder).with_suffix("").as_posix(), tuple(paths), wordings) for wordings, paths in grouped.items()]
+
+
+def _check_images(paths: Iterable[Path]) -> None:
+    """Decode each: what is copied gets another name, under which the user wouldn't find it. Raises DataError."""
+    from kcm.images import ImagePreprocessor
+    from kcm.task import PreprocessSpec
+
+    reader = ImagePreprocessor(PreprocessSpec(kind="image"))
+    for path in paths:
+        try:
+            reader.pixels(path.read_bytes())
+        except ValueError as error:
+            raise DataError(f"{path}: {error}", fix="mend it, convert it to JPEG or PNG, or take it out") from error
 
 
 def _lines(image: Path) -> list[str]:

@@ -22,7 +22,7 @@ def simulate(
     task: str = typer.Option(..., "--task", help="A task.toml or its folder, or a fetched task's name."),
     seeds: int = typer.Option(5, "--seeds", min=1, help="How many seeds; each draws the stream's order, the folds and the judge's start."),
     rounds: int = typer.Option(5, "--rounds", min=0, help="Distillation rounds after round 0."),
-    large: str = typer.Option("", "--large", help="Large model instead of the task's: minilm, smollm2, or a folder."),
+    large: str = typer.Option("", "--large", help="Instead of the task's: minilm, smollm2, a folder of train-large, or of an encoder."),
     share: float = typer.Option(0.5, "--share", min=0.0, max=1.0, help="Share of the stream that may go to the large model for learning."),
     epsilon: float | None = typer.Option(
         None, "--epsilon", min=0.0, max=1.0, help="ε for kcm_accuracy and cloud_rate instead of the task's."
@@ -95,6 +95,7 @@ def load_setting(
     import msgspec
     import numpy as np
 
+    from cloud_server.models import LARGE_FILE
     from kcm.app.models import LargeInProcess, load_small_kind, one_thread
     from kcm.assets import model_path, task_path
     from kcm.errors import ConfigError
@@ -105,14 +106,18 @@ def load_setting(
 
     one_thread()
     task = load_task(task_path(task_name))
-    if large and task.modality == "image":
-        raise ConfigError(f"--large {large} reads text, task {task.id} has images", fix="kind under [large] of task.toml")
-    if large:
+    fitted = Path(large) if large and (Path(large) / LARGE_FILE).is_file() else None
+    if large and fitted is None and (task.modality == "image" or task.gallery.file):
+        fix = "kcm train-large --task TASK --out FOLDER, or kind under [large] of task.toml"
+        raise ConfigError(f"--large {large} holds no large model of images", fix=fix)
+    if large and fitted is None:
         kind = "causal" if large == "smollm2" else task.large.kind
         task = msgspec.structs.replace(task, large=msgspec.structs.replace(task.large, model=large, kind=kind))
     if epsilon is not None:
         task = msgspec.structs.replace(task, judge=msgspec.structs.replace(task.judge, epsilon=epsilon))
-    if task.gallery.file:
+    if fitted:
+        pass  # nothing is to be fetched
+    elif task.gallery.file:
         if task.large.kind == "dual":
             model_path(task.large.net.weights, task.root)
         model_path(task.large.model, task.root)
@@ -135,8 +140,11 @@ def load_setting(
     name = "selection" if task.data.selection else "calibration"
     selection = distinct(read(name)) if getattr(task.data, name) else None
     kind_of_small = load_small_kind(task, steps)
-    steps(f"large model {task.large.model if task.modality == 'text' else task.large.kind}: fit")
-    teacher = LargeInProcess(task, scratch / "large", teach, steps, hints=task.modality == "text" and not task.gallery.file)
+    if fitted:
+        teacher = LargeInProcess.of(task, fitted, steps)
+    else:
+        steps(f"large model {task.large.model if task.large.kind in ('encoder', 'causal') else task.large.kind}: fit")
+        teacher = LargeInProcess(task, scratch / "large", teach, steps, hints=task.modality == "text" and not task.gallery.file)
     return Setting(
         task=task,
         kind=kind_of_small,
@@ -169,7 +177,7 @@ def method_table(summary: dict[str, Any]) -> str:
     rates = [rate for rate in some["mean"]["curve"] if 0 < float(rate) < 1]
     groups = list(some["mean"]["groups"]["small"])
     head = "".join(f" {'at ' + format(float(rate), '.0%'):13}" for rate in rates)
-    lines = [title, "", f"{'':8} {'asked':>6}  {'small alone':13}{head} {' / '.join(groups)} of small"]
+    lines = [title, "", f"{'':8} {'asked':>6}  {'small alone':13}{head} {' / '.join(groups)} of small; calls"]
     start = [seed["rounds"][0]["small_accuracy"] for seed in some["seeds"]]
     lines.append(f"{'round 0':8} {'':>6}  {100 * sum(start) / len(start):5.2f}")
     for name, of_name in summary["methods"].items():
@@ -177,6 +185,7 @@ def method_table(summary: dict[str, Any]) -> str:
         cells = [_cell(mean["small_accuracy"], sd["small_accuracy"])]
         cells += [_cell(mean["curve"][rate]["accuracy"], sd["curve"][rate]["accuracy"]) for rate in rates]
         tail = " / ".join(f"{100 * mean['groups']['small'][group]:.1f}" for group in groups)
+        tail += "; " + " ".join(f"{mean['curve'][rate]['realised_rate']:.1%}" for rate in rates)
         lines.append(f"{'+ ' + name.upper():8} {mean['escalated_of_stream']:6.1%}  {' '.join(f'{cell:13}' for cell in cells)} {tail}")
     large = some["mean"]
     lines.append(f"{'large':8} {'':>6}  {100 * large['large_accuracy']:5.2f}")
@@ -185,7 +194,19 @@ def method_table(summary: dict[str, Any]) -> str:
         cells = [f"{'small' if float(rate) == 0 else format(float(rate), '.0%')} {_interval(at[rate])}" for rate in at]
         lines.append(f"{name.replace('_minus_', ' − ').upper()}: " + "   ".join(cells))
     lines.append("accuracy in %, mean ± sd over seeds; differences in points with 95 % intervals, paired over seeds and samples")
+    lines += ["asked: share of the stream that taught; calls: what each target came to on the test split", *_coarse(large)]
     return "\n".join(lines)
+
+
+def _coarse(mean: dict[str, Any]) -> list[str]:
+    """A word of warning where few samples say what a share of calls is."""
+    reserve = int(mean["reserve"])
+    if reserve >= _ENOUGH:
+        return []
+    spread = 196 * (0.3 * 0.7 / reserve) ** 0.5
+    return [
+        f"warning: each target's ε stands on {reserve} reserved samples of the stream: its share of calls may be off by {spread:.0f} points"
+    ]
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -218,7 +239,7 @@ def table(summary: dict[str, Any]) -> str:
     lines += ["", f"{' / '.join(mean['groups']['small'])} frequent classes: " + ", ".join(f"{name} {at}" for name, at in groups.items())]
     if "outside_auroc" in mean:
         lines.append(
-            "AUROC against texts of no class: " + ", ".join(f"{_NAMES.get(k, k)} {v:.3f}" for k, v in mean["outside_auroc"].items())
+            "AUROC against samples of no class: " + ", ".join(f"{_NAMES.get(k, k)} {v:.3f}" for k, v in mean["outside_auroc"].items())
         )
     if "recall" in mean:
         lines += ["", *_recall(mean["recall"], sd["recall"], mean["grouped_at"], twin)]
@@ -227,6 +248,7 @@ def table(summary: dict[str, Any]) -> str:
         f"twin: the same head on {'an MLP' if twin == 'mlp' else 'a KAN'} with as many parameters; "
         + ("floor: TF-IDF + linear + max-softmax" if "floor" in mean else f"{_without_floor(summary)} no TF-IDF floor"),
         f"calls: KCM's, on the test split; groups at {mean['grouped_at']:.0%} calls",
+        *_coarse(mean),
     ]
     return "\n".join(lines)
 
@@ -243,6 +265,9 @@ def _recall(mean: dict[str, dict[str, float]], sd: dict[str, dict[str, float]], 
         shown = f"{twin} twin" if name == "twin" else _NAMES.get(name, name)
         lines.append(f"{shown:28}" + "".join(f" {_cell(at[k], sd[name][k]):14}" for k in places))
     return lines
+
+
+_ENOUGH = 200  # reserved samples: a share of 30 % then is uncertain by 6 points
 
 
 def _title(pair: str) -> str:

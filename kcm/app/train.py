@@ -23,7 +23,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 def train(
     task: TaskName,
     out: Annotated[Path | None, typer.Option("--out", help="The run's folder; default runs/train/<n>.")] = None,
-    seed: Annotated[int, typer.Option(help="Draws the folds.")] = 0,
+    seed: Annotated[int, typer.Option(help="Draws the folds, the judge's start, and an image net's first weights and batches.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace a run that is there.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -44,6 +44,10 @@ def train(
     loaded = load_task(task_path(task))
     train_split = load_split(loaded, "train")
     test = _test(loaded)
+    unseen = [label for i, label in enumerate(loaded.labels) if i not in set(train_split.y.tolist())]
+    if unseen and not loaded.gallery.file:
+        shown = ", ".join(unseen[:5]) + (", …" if len(unseen) > 5 else "")
+        typer.echo(f"warning: {len(unseen)} label(s) have no row in train, so the small model can't learn them: {shown}", err=True)
     with left_behind("no run was written"):
         kind = load_small_kind(loaded, steps)
         run = train_run(loaded, kind, train_split, test, seed=seed, progress=steps)

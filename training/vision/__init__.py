@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from training.small import Small
 
 
-def load_vision(task: Task, progress: Callable[[str], None] = lambda _: None, *, seed: int = 0) -> Small:
+def load_vision(task: Task, progress: Callable[[str], None] = lambda _: None) -> Small:
     """The trainer of the task's kind of small image model.
 
     Raises:
@@ -23,4 +23,4 @@ def load_vision(task: Task, progress: Callable[[str], None] = lambda _: None, *,
         return FrozenVision(task, progress)
     from training.vision.kind import Vision
 
-    return Vision(task, progress, seed=seed)
+    return Vision(task, progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,12 @@ from torch import nn
 _EVERY = 60.0  # seconds between two saves
 
 
-def job_id(*parts: bytes) -> str:
+def job_id(*parts: bytes | memoryview) -> str:
     """A hash of what a fit depends on: another job's checkpoint is never gone on from."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part)
+        digest.update(memoryview(part).nbytes.to_bytes(8, "little"))
+        digest.update(part)
     return digest.hexdigest()
 
 
@@ -58,7 +60,7 @@ class Checkpoint:
             if (momentum := optimiser.state[parameter].get("momentum_buffer")) is not None:
                 tensors[f"momentum.{name}"] = momentum.contiguous()
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        building = self.file.with_name(f".{self.file.name}.building")
+        building = self.file.with_name(f".{os.getpid()}-{self.file.name}")  # two processes may be at one job
         save_file(tensors, building, metadata={"job": self.job, "epochs": str(epochs)})
         building.replace(self.file)
         self._saved = time.monotonic()

@@ -26,12 +26,12 @@ from training.vision.nets import Bbn
 Progress = Callable[[str], None]
 Pixels = NDArray[np.uint8]
 
-_MOMENTUM, _DECAY = 0.9, 5e-4  # decay of convolutions and linear layers; He et al. 2016 has 1e-4, for three times as many steps
+_MOMENTUM, _DECAY = 0.9, 5e-4  # decay of convolutions and linear layers; He et al. 2016 has 1e-4, for 64,000 steps
 _WARM, _FIRST, _LAST = 0.2, 0.1, 1e-3  # share of the steps that the rate rises; its first and last value, of the largest
 _PAD = 8  # a crop may lie S / 8 off the middle: 4 of 32 pixels
 _CLAMP = 1e-6  # of a target's probability under the reverse KL, which is infinite at zero
 _SAY = 15.0  # seconds between two words on progress
-# ResNet-8 4.2 s (fp32 6.7, and 10.4 channels first), ResNet-20 10.3 (15.8; 22.5); bfloat16 without hardware for it is slower than fp32.
+# ResNet-8 4.2 s (fp32 6.7, and 10.4 channels first), ResNet-20 10.3 (15.8; 22.5).
 _BFLOAT16 = ("avx512_bf16", "amx_bf16")
 
 
@@ -79,9 +79,11 @@ def fit_net(
         checkpoint: where a long fit is kept every few epochs, and goes on from.
 
     Raises:
-        DataError: the loss is no finite number.
+        DataError: the loss is no finite number, or all weights are 0.
     """
     kept = np.flatnonzero(lesson.weights > 0)
+    if not len(kept):
+        raise DataError("every image to fit on has weight 0", fix="label_weight or teacher_weight above 0 under [distill]")
     shift, weights, after = balanced(spec.balance, lesson.targets[kept], lesson.weights[kept], lesson.labelled[kept])
     data = _Data(lesson, kept, shift, weights / weights.mean(), spec, two=isinstance(net, Bbn))
     net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]

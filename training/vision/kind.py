@@ -150,6 +150,9 @@ class Vision:
         self.preprocessor = ImagePreprocessor(task.preprocess)
         self._start()
 
+    def seeded(self, seed: int) -> Vision:
+        return Vision(self._task, self._progress, seed=seed)
+
     def featurise(self, payloads: Sequence[Payload]) -> Pixels:
         """Raises DataError where an image can't be decoded."""
         return pixels_of(payloads, self.preprocessor)

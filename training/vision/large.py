@@ -34,7 +34,7 @@ GRAPH = "large.onnx"
 _PARTS = 10  # one of them is kept back
 _FEWEST = 50  # rows that a tenth is taken of
 _IMAGENET = ((127.0, 127.0, 127.0), (128.0, 128.0, 128.0))  # mean and std that the weights expect
-_HOTTEST, _COLDEST, _HEAVIEST = 20.0, 0.05, 3.0  # bounds of temperature and hint weight
+_HOTTEST, _COLDEST, HEAVIEST = 20.0, 0.05, 3.0  # bounds of temperature and hint weight
 _LIGHTEST = 0.01  # a hint weight below it is none
 
 
@@ -107,7 +107,7 @@ def fit_hint_weight(fitted: FittedLarge | KeptBack, priors: list[Float32]) -> fl
         fused = (fuse(fitted.logits, prior, temperature=fitted.temperature, weight=weight) for prior in priors)
         return float(np.mean([_nll(logits + fitted.shift, fitted.labels) for logits in fused]))
 
-    weight = _least(loss, 0.0, _HEAVIEST)
+    weight = _least(loss, 0.0, HEAVIEST)
     return weight if weight >= _LIGHTEST and loss(weight) < loss(0.0) else 0.0
 
 
@@ -136,7 +136,7 @@ def _net(task: Task, spec: PreprocessSpec, images: NDArray[np.uint8], labels: ND
     lesson = Lesson(images, one_hot(labels, classes), ones, ones > 0, ones < 0)
     described = msgspec.json.encode([task.large, spec, classes, seed], order="deterministic")
     start = b"".join(tensor.numpy().tobytes() for tensor in net.state_dict().values())
-    job = job_id(described, start, images.tobytes(), labels.tobytes())
+    job = job_id(described, start, images.data, labels.data)
     checkpoint = Checkpoint(cache_dir() / "unfinished" / f"{job[:32]}.safetensors", job)
     fit_net(net, lesson, recipe, Pixel(spec.mean, spec.std), seed=seed, progress=progress, checkpoint=checkpoint)
     checkpoint.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 AT = 0.3  # share of cloud calls at which a routed system is shown
 METHODS = ("d", "kd", "mcm", "kcm")
+_SPLITS = ("train", "large_train", "stream", "calibration", "selection", "test")
 
 
 class Cell(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,12 +46,22 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
         return np.unpackbits(np.frombuffer(self.right[name], np.uint8), count=self.samples).astype(bool)
 
 
-def identity(part: Part, budget: Budget, task_toml: bytes) -> str:
-    """A hash of what a cell's figures rest on: another task, size or release of kcm begins anew."""
+def identity(part: Part, budget: Budget, task_toml: Path) -> str:
+    """A hash of what a cell's figures rest on: another task, data, size or release of kcm begins anew. More seeds don't.
+
+    Not in it: the weights that were fetched, which are pinned by hash, and images that a table only names.
+    """
     from importlib.metadata import version
 
-    parts = (str(SCHEMA).encode(), version("kcm").encode(), part.task.encode(), part.large.encode(), task_toml)
-    return hashlib.sha256(b"\x00".join((*parts, msgspec.json.encode(budget)))).hexdigest()[:12]
+    from kcm.task import load_task
+
+    task, size = load_task(task_toml), msgspec.structs.replace(budget, seeds=0)
+    parts = (str(SCHEMA).encode(), version("kcm").encode(), part.task.encode(), part.large.encode(), task_toml.read_bytes())
+    digest = hashlib.sha256(b"\x00".join((*parts, msgspec.json.encode(size))))
+    for name in (*(getattr(task.data, split) for split in _SPLITS), task.gallery.file):
+        if name and (file := task.path(name)).is_file():
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:12]
 
 
 def cells(
@@ -84,7 +96,7 @@ def cells(
                 right={name: np.packbits(last[rate].right).tobytes() for name, rate in (("small", 0.0), ("kcm", AT))},
                 seconds=time.monotonic() - started,
             )
-            building = file.with_suffix(".building")
+            building = file.with_suffix(f".{os.getpid()}.building")
             building.write_bytes(msgspec.json.encode(cell))
             building.replace(file)
             yield cell

@@ -62,7 +62,7 @@ LANGUAGE = (
 CHAT = (
     Part(
         name="r52-smollm2",
-        title="R52",
+        title="R52, SmolLM2",
         task="r52",
         large="smollm2",
         differs="ChatGPT is SmolLM2-135M, not fitted, which scores the 52 labels behind a prompt: weaker than the small model",
@@ -155,16 +155,17 @@ def absent(part: Part, cifar: Path | None) -> str:
     from kcm.errors import ConfigError
     from kcm.task import load_task
 
-    if part.task == "cifar":
-        return (
-            ""
-            if cifar
-            else "CIFAR-100-LT can't be fetched from a package registry: give --cifar FOLDER (docs/results.md says what is in it)"
-        )
+    if part.task == "cifar" and not cifar:
+        return "CIFAR-100-LT can't be fetched from a package registry: give --cifar FOLDER (benchmarks/cifar100_lt.py says what is in it)"
     try:
-        task = load_task(task_path(part.task))
-        if task.large.kind in ("encoder", "causal"):
-            model_path(part.large or task.large.model, task.root)
+        if part.task == "cifar":
+            needed, root = ["efficientnet-lite0"] if part.large == "efficientnet-lite" else [], "."
+        else:
+            task = load_task(task_path(part.task))
+            images = [task.large.net.weights, task.small.net.weights] if task.gallery.file else []
+            needed, root = [part.large or task.large.model, task.small.vectors, *images], task.root
+        for model in filter(None, needed):
+            model_path(model, root)
     except ConfigError as error:
         return f"{error.message}: {error.fix}"
     return ""

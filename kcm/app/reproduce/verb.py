@@ -73,6 +73,7 @@ def reproduce(
     if "ablation" in wanted and done:
         lines += ablation(done, chosen)
     lines += ["Accuracy in %, mean ± sd over seeds; differences in points with 95 % intervals, paired over seeds and test samples."]
+    lines += ["A seed draws the stream's order, folds, the judge's start, an image net's weights; labels and large model are the same."]
     if quick:
         lines += ["Quick: one seed, one round, few samples. It shows that everything runs, not how well."]
     lines += [f"This run took {time.monotonic() - started:.0f} s; cells from an earlier one cost nothing."]
@@ -85,7 +86,7 @@ def _run(part: Part, budget: Budget, out: Path, cifar: Path | None, steps: Steps
     from kcm.assets import task_path
 
     where = _cifar_task(part, budget, out, cifar) if part.task == "cifar" and cifar else task_path(part.task)
-    key = identity(part, budget, where.read_bytes())
+    key = identity(part, budget, where)
 
     def make() -> Setting:
         from kcm.app.simulate import load_setting

@@ -224,6 +224,14 @@ def test_train_numbers_its_runs_and_says_what_comes_next(
     assert metrics["test"] == said["test"]
 
 
+def test_a_label_without_a_row_is_said(kcm: Kcm, tiny_task: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_task, tmp_path / "t")
+    toml = tmp_path / "t" / "task.toml"
+    toml.write_text(toml.read_text().replace("labels = [", 'labels = ["nobody", ', 1))
+    code, _, err = kcm("train", "--task", tmp_path / "t", "--out", tmp_path / "run")
+    assert code == 0 and "warning: 1 label(s) have no row in train" in err and "nobody" in err
+
+
 PROGRAM = str(Path(sys.executable).with_name("kcm"))
 NOWHERE = "/proc/kcm"  # refuses even an administrator
 

@@ -57,6 +57,17 @@ def test_a_folder_of_small_images(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "the shorter side of your images has 48 in the median" in text and "# calibration = " in text
 
 
+def test_a_table_of_paths_is_told_by_its_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder(tmp_path, "pictures", (32, 32))
+    rows = "".join(f"pictures/{label}/{i}.jpg,{label}\n" for label in ("cat", "dog") for i in range(2))
+    (tmp_path / "train.csv").write_text("image,label\n" + rows)
+    assert init(tmp_path / "t", "--train", tmp_path / "train.csv") == 0, capsys.readouterr().err
+    assert load_task(tmp_path / "t").modality == "image"
+    (tmp_path / "both.csv").write_text("text,image,label\na,x,cat\nb,y,dog\n")
+    assert init(tmp_path / "u", "--train", tmp_path / "both.csv") == 0
+    assert load_task(tmp_path / "u").modality == "text"
+
+
 def test_an_npz_and_its_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = np.stack([scene(28, 28, seed=i) for i in range(6)])
     np.savez(tmp_path / "d.npz", x_train=images, y_train=[0, 1, 0, 1, 0, 1], x_dev=images[:2], y_dev=[0, 1], classes=["hat", "shoe"])

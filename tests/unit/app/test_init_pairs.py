@@ -67,6 +67,10 @@ def test_what_is_wrong_is_named(tmp_path: Path, kcm: Kcm) -> None:
     (tmp_path / "captions.csv").write_text("image,text\nb.png,nothing\n")
     with pytest.raises(DataError, match=r"captions\.csv:2: .*b\.png does not exist"):
         read_pairs(tmp_path)
+    for outside in (tmp_path / "a.png", "../a.png"):
+        (tmp_path / "captions.csv").write_text(f"image,text\n{outside},a red disc\n")
+        with pytest.raises(DataError, match=r"captions\.csv:2: .*a\.png lies outside"):
+            read_pairs(tmp_path)
     (tmp_path / "captions.csv").write_text("image,text\na.png,a red disc\n")
     code, _, err = kcm("init", tmp_path / "task", "--pairs", tmp_path)
     assert code != 0 and "too few for a retrieval task" in err and not (tmp_path / "task" / "i2t").exists()
@@ -74,8 +78,9 @@ def test_what_is_wrong_is_named(tmp_path: Path, kcm: Kcm) -> None:
 
 def test_an_image_that_is_none_leaves_nothing(tmp_path: Path, kcm: Kcm) -> None:
     own = write_pairs(tmp_path / "own")
-    for path in own.glob("*.png"):
-        path.write_bytes(b"GIF89a")
-    code, _, err = kcm("init", tmp_path / "shop", "--pairs", own)
-    assert code != 0 and "GIF" in err
-    assert list((tmp_path / "shop").iterdir()) == []
+    broken = sorted(own.glob("*.png"))[7]
+    for content, said in ((broken.read_bytes()[:60], "is cut short"), (b"GIF89a", "GIF")):
+        broken.write_bytes(content)
+        code, _, err = kcm("init", tmp_path / "shop", "--pairs", own)
+        assert code != 0 and str(broken) in err and said in err and "fix: " in err
+        assert not (tmp_path / "shop" / "i2t").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tiny_kit import sentences
 from kcm.app.reproduce import paper
 from kcm.app.reproduce.cells import METHODS, Cell, cells, identity
 from kcm.app.reproduce.cifar import LABELLED, STREAM, write_cifar_task
-from kcm.app.reproduce.plan import TABLES, Budget, Part
+from kcm.app.reproduce.plan import TABLES, Budget, Part, absent
 from kcm.app.reproduce.tables import ablation, table
 from kcm.errors import DataError
 from kcm.task import load_task
@@ -81,9 +82,41 @@ def test_a_second_run_takes_up_what_is_there(done: tuple[Path, list[Cell]], sett
     assert [msgspec.structs.replace(cell, seconds=0.0) for cell in again] == [msgspec.structs.replace(cell, seconds=0.0) for cell in first]
 
 
-def test_another_task_or_size_begins_anew() -> None:
-    keys = {identity(PART, PART.whole, b"a"), identity(PART, PART.whole, b"b"), identity(PART, PART.quick, b"a")}
-    assert len(keys) == 3 and identity(PART, PART.whole, b"a") in keys
+def test_another_task_its_data_or_size_begins_anew_and_more_seeds_do_not(tiny_task: Path, tmp_path: Path) -> None:
+    file = Path(shutil.copytree(tiny_task, tmp_path / "task")) / "task.toml"
+    fewer = msgspec.structs.replace(PART.whole, at_most={"test": 50})
+    keys = [identity(PART, PART.whole, tiny_task / "task.toml"), identity(PART, fewer, file)]
+    assert identity(PART, PART.whole, file) == keys[0]
+    assert identity(PART, msgspec.structs.replace(PART.whole, seeds=9), file) == keys[0]
+    for name in ("stream.csv", "test.csv", "task.toml"):
+        with (file.parent / name).open("a") as out:
+            out.write("# \n" if name == "task.toml" else f"one more,{load_task(file).labels[0]}\n")
+        keys.append(identity(PART, PART.whole, file))
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_part_is_absent_where_any_model_of_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KCM_CACHE", str(tmp_path))
+    parts = {part.name: part for shown in TABLES for part in shown.parts}
+    assert absent(parts["cifar-resnet"], tmp_path) == ""
+    assert "kcm fetch efficientnet-lite0" in absent(parts["cifar-efficientnet"], tmp_path)
+    for name in ("emoji-i2t", "r52"):
+        folder = tmp_path / "tasks" / name
+        folder.mkdir(parents=True)
+        gallery = '[gallery]\nfile = "g.csv"\n[small]\nkind = "dual"\n[large]\nkind = "dual"\n' if name == "emoji-i2t" else ""
+        (folder / "task.toml").write_text(f'[task]\nid = "t"\nlabels = ["a", "b"]\n{gallery}')
+    (tmp_path / "models" / "smollm2").mkdir(parents=True)
+    assert "kcm fetch minilm" in absent(parts["r52-smollm2"], None), "its small model takes word vectors from it"
+    (tmp_path / "models" / "minilm").mkdir()
+    assert absent(parts["r52"], None) == absent(parts["r52-smollm2"], None) == ""
+    assert "kcm fetch efficientnet-lite0" in absent(parts["emoji-i2t"], None)
+    (tmp_path / "models" / "efficientnet-lite0").mkdir()
+    assert absent(parts["emoji-i2t"], None) == absent(parts["cifar-efficientnet"], tmp_path) == ""
+
+
+def test_no_two_columns_of_the_ablation_have_one_name() -> None:
+    titles = [part.title for shown in TABLES for part in shown.parts]
+    assert len(set(titles)) == len(titles)
 
 
 def test_a_table_shows_ours_beside_the_papers_and_names_what_is_absent(done: tuple[Path, list[Cell]]) -> None:
@@ -119,7 +152,7 @@ def test_cifar_is_divided_without_overlap(tmp_path: Path) -> None:
         assert task.large.kind == large and task.small.net.epochs == task.large.net.epochs == 2
     splits = {name: load_split(task, name) for name in ("train", "large_train", "selection", "test")}
     assert np.bincount(splits["train"].y).tolist() == [8, 4, 2, 1] and set(splits["train"].payloads) <= set(splits["large_train"].payloads)
-    assert np.bincount(splits["selection"].y).tolist() == [10] * 4 and np.bincount(splits["test"].y).tolist() == [20] * 4
+    assert len(splits["selection"]) == 24 and len(splits["test"]) == 96
     assert not set(splits["selection"].payloads) & set(splits["test"].payloads)
     assert load_split(task, "stream").labels is None
 
@@ -140,3 +173,51 @@ def test_an_unknown_table_is_3_and_a_missing_task_is_named(
     code, out, _ = kcm("reproduce", "language", "vision", "--quick", "--out", tmp_path / "out")
     assert code == 0 and "R52 wasn't run" in out and "kcm fetch r52" in out and "--cifar" in out
     assert (tmp_path / "out" / "tables.md").read_text().startswith("# The paper's tables, quick")
+
+
+def made_up(method: str) -> Cell:
+    """No two figures alike: in thousandths, hundreds are round 0, tens the system, ones the method; tenths the column."""
+    own = METHODS.index(method)
+
+    def row(first: bool) -> dict[str, Any]:
+        base = {system: (100 * first + 10 * place + own) / 1000 for place, system in enumerate(("small", "kcm", "large"), 1)}
+        return {
+            "small_accuracy": base["small"],
+            "large_accuracy": base["large"],
+            "curve": {"0.3": {"accuracy": base["kcm"], "realised_rate": 0.25}},
+            "groups": {s: {g: v + n / 10 for n, g in enumerate(("many", "medium", "few"), 1)} for s, v in base.items()},
+            "recall": {s: {k: v + n / 10 for n, k in enumerate(("1", "5", "10"), 1)} for s, v in base.items()},
+        }
+
+    right = {name: np.packbits(np.arange(8) < own).tobytes() for name in ("small", "kcm")}
+    right["small"] = np.packbits(np.zeros(8, bool)).tobytes()
+    return Cell(schema=1, part="tiny", method=method, seed=0, samples=8, first=row(True), last=row(False), right=right, seconds=1.0)
+
+
+@pytest.mark.parametrize("name", ["vision", "multimodal"])
+def test_each_row_has_the_figures_of_its_own_system_round_and_method(name: str) -> None:
+    shown = msgspec.structs.replace(next(t for t in TABLES if t.name == name), parts=(PART,))
+    lines = table(shown, {"tiny": [made_up(method) for method in METHODS]}, {})
+    rows = {
+        line[2:].split("|")[0].strip().removeprefix("Tiny: "): [cell.strip() for cell in line.split("|")[2:6]]
+        for line in lines
+        if line.startswith("| ")
+    }
+    for label, base in {
+        "large model alone": 0.033,
+        "small model alone, round 0": 0.113,
+        "+D, small model alone": 0.010,
+        "+KD, small model alone": 0.011,
+        "+MCM at 30% calls": 0.022,
+        "+KCM at 30% calls": 0.023,
+    }.items():
+        assert rows[label][:3] == [f"{100 * (base + n / 10):.2f}" for n in (1, 2, 3)]
+        assert name != "vision" or rows[label][3] == f"{100 * base:.2f}"
+    said = "\n".join(lines)
+    assert "KCM − D +37.50" in said and "KCM − MCM +12.50" in said and "KCM made 25.0%" in said
+    assert ("thirds of the classes" in said) == (name == "vision")
+
+
+def test_the_ablation_is_kcm_minus_mcm() -> None:
+    lines = ablation({"tiny": [made_up(method) for method in METHODS]}, [msgspec.structs.replace(TABLES[0], parts=(PART,))])
+    assert re.search(r"\| KCM − MCM .*\| \+12\.50 \[", "\n".join(lines))

@@ -49,6 +49,13 @@ def test_scenes(tmp_path: Path, kcm: Kcm) -> None:
     parts["stream"] = (tinted(80, seed=3)[0], None)  # type: ignore[assignment]
     last = checked(kcm, write(tmp_path, list(LABELS), parts), 60)  # type: ignore[arg-type]
     assert last["large_accuracy"] > 0.5  # type: ignore[operator]
+    # The same large model, fitted once and given as a folder.
+    assert kcm("train-large", "--task", tmp_path, "--out", tmp_path / "large")[0] == 0
+    code, said, err = kcm("simulate", "--task", tmp_path, "--seeds", 1, "--rounds", 0, "--large", tmp_path / "large", "--json")
+    assert code == 0 and "epoch" not in err.split("large")[-1], err
+    assert json.loads(said)["mean"]["large_accuracy"] == pytest.approx(last["large_accuracy"], abs=0.02)
+    code, said, _ = kcm("simulate", "--task", tmp_path, "--seeds", 1, "--rounds", 0, "--large", tmp_path / "large", "--methods", "kd,kcm")
+    assert code == 0 and "stands on 8 reserved samples" in said and "of small; calls" in said
 
 
 @pytest.mark.slow
@@ -72,4 +79,4 @@ def test_ten_classes_of_cifar(tmp_path: Path, kcm: Kcm) -> None:
 def test_another_large_model_by_name_is_refused(tmp_path: Path, kcm: Kcm) -> None:
     write(tmp_path, list(LABELS), {"train": tinted(3)})  # type: ignore[dict-item]
     code, _, err = kcm("simulate", "--task", tmp_path, "--large", "minilm")
-    assert code == 3 and "--large minilm reads text, task cifar has images" in err
+    assert code == 3 and "--large minilm holds no large model of images" in err and "kcm train-large" in err

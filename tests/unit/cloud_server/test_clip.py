@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +16,8 @@ from pair_kit import COLOURS, SHAPES, picture, write_pairs
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
-from cloud_server.models import load_large, read_large
+from cloud_server.batcher import Batcher, Unreadable
+from cloud_server.models import ReadsAhead, load_large, read_large
 from cloud_server.models.clip import GALLERY, image_spec
 from kcm.app.large_retrieval import make_large_retrieval
 from kcm.app.pairs import I2T, T2I, read_pairs, write_pair_tasks
@@ -126,6 +129,27 @@ def test_a_query_does_not_depend_on_its_neighbours(tasks: dict[str, Task], tmp_p
         together = model.logits(queries, [None] * len(queries))
         alone = np.concatenate([model.logits([query], [None]) for query in queries])
         np.testing.assert_allclose(together, alone, atol=1e-3)
+
+
+def test_an_image_that_cannot_be_read_costs_its_own_call_alone(tasks: dict[str, Task], tmp_path: Path) -> None:
+    task = tasks[I2T]
+    make_large_retrieval(task, tmp_path, None, lambda _: None, hints=False)
+    model, good = load_large(tmp_path), load_split(task, "test").payloads[0]
+    assert isinstance(model, ReadsAhead)
+
+    async def both() -> list[object]:
+        batcher = Batcher(model.scores, read=model.read, max_batch=8, max_queue=8)
+        try:
+            calls = [batcher.submit([payload], [None], deadline=math.inf) for payload in (good, good[:60])]  # type: ignore[list-item]
+            return await asyncio.gather(*calls, return_exceptions=True)
+        finally:
+            await batcher.drain()
+
+    scores, refused = asyncio.run(both())
+    np.testing.assert_allclose(scores[0], model.logits([good], [None])[0], atol=1e-5)  # type: ignore[index]
+    assert isinstance(refused, Unreadable)
+    with pytest.raises(ValueError, match="reads images"):
+        model.read("a red disc")
 
 
 def test_temperature_and_a_hint(tasks: dict[str, Task], tmp_path: Path) -> None:

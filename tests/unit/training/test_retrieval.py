@@ -20,7 +20,7 @@ from kcm.errors import ConfigError, DataError
 from kcm.preprocess import NgramPreprocessor
 from kcm.task import PreprocessSpec, Task, load_task
 from training.data import load_split
-from training.fit import cross_fit, item_folds, one_hot
+from training.fit import cross_fit, item_folds, one_hot, softmax
 from training.ngrams import WordVectors, mean_vectors
 from training.program import labelled_examples, train_run
 from training.retrieval.align import align, hubs, solve, standardised, unit
@@ -357,3 +357,13 @@ def test_simulate_train_export(folders: dict[str, Path], tmp_path: Path, kcm: Kc
     session = InferenceSession(bundle / "models" / "fp32.onnx", providers=["CPUExecutionProvider"])
     (logits,) = session.run(["logits"], kind.preprocessor.batch(test.payloads))  # type: ignore[attr-defined]
     assert rank_of_truth(logits, test.y).tolist() == rank_of_truth(expected, test.y).tolist()
+
+
+def test_a_map_is_as_sure_as_it_is_right_of_items_that_it_was_not_fitted_on() -> None:
+    """Queries that say nothing of their items are fitted all the same, each by its own direction: the scale must not believe it."""
+    draw = np.random.default_rng(0)
+    x, fresh, items = (unit(draw.normal(size=size).astype(np.float32)) for size in ((60, 120), (60, 120), (30, 16)))
+    targets = one_hot(np.arange(60) % 30, 30)
+    weight, gallery = align(x, targets, np.ones(60, np.float32), items, 0.01)
+    assert (x @ weight @ gallery).argmax(1).tolist() == (np.arange(60) % 30).tolist()
+    assert softmax(fresh @ weight @ gallery).max(1).mean() < 0.1

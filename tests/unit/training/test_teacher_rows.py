@@ -20,6 +20,7 @@ from kcm.errors import StoreError
 from kcm.sample import HintArm, Purpose
 from kcm.task import DistillSpec, Task, label_space
 from kcm.teacher import COLUMNS
+from training.data import identity
 from training.teacher_rows import read_lessons
 
 TASK = Task(id="toy", labels=LABELS)
@@ -90,6 +91,11 @@ def test_what_a_store_holds_instead_is_said(tmp_path: Path) -> None:
     compact(tmp_path / "hinted", force=True)
     with pytest.raises(StoreError, match=r"its 1 row\(s\) have no logits without a hint yet"):
         read_lessons(tmp_path / "hinted", TASK)
+
+
+def test_images_that_are_held_back_are_never_learnt_from(tmp_path: Path) -> None:
+    store = stored(tmp_path, row("1", text=b"an image of the test"), row("2", text=b"another"))
+    assert read_lessons(store, TASK, held_back={identity(b"an image of the test")}).payloads == [b"another"]
 
 
 def test_nothing_compacted_says_what_to_run(tmp_path: Path) -> None:

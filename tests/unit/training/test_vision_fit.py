@@ -17,6 +17,7 @@ from training.vision import fit as fitting
 from training.vision.checkpoint import Checkpoint, job_id
 from training.vision.fit import Lesson, Pixel, augmented, fit_net, one_cycle
 from training.vision.kind import build_net, new_net
+from training.vision.nets import Bbn
 
 SPEC = NetSpec(depth=8, width=4, epochs=6, batch=16, learning_rate=0.1, balance="none")
 PIXEL = Pixel(MEAN, STD)
@@ -107,7 +108,9 @@ def test_rows_without_weight_teach_nothing() -> None:
 def test_the_seed_decides_all() -> None:
     data = lesson(48)
     assert same(fitted(data), fitted(data))
-    assert not same(fitted(data), fitted(data, seed=1))
+    other = new_net("resnet", SPEC, len(LABELS), 0)  # the same first weights, other batches and crops
+    fit_net(other, data, SPEC, PIXEL, seed=1)
+    assert not same(fitted(data), other)
 
 
 def test_a_fit_leaves_the_callers_random_numbers_alone() -> None:
@@ -128,6 +131,8 @@ def test_nothing_to_learn_from_is_an_error() -> None:
     data = lesson(4)
     with pytest.raises(DataError, match="no images"):
         Lesson(data.images[:0], data.targets[:0], data.weights[:0], data.labelled[:0], data.reverse[:0])
+    with pytest.raises(DataError, match="weight 0"):
+        fitted(Lesson(data.images, data.targets, 0 * data.weights, data.labelled, data.reverse))
 
 
 def test_adjusted_biases_favour_the_rare_class() -> None:
@@ -176,3 +181,27 @@ def test_another_fits_checkpoint_is_not_gone_on_from(tmp_path: Path) -> None:
     assert Checkpoint(tmp_path / "a", job_id(b"onet", b"wo")).resume(net, optimiser) == 0
     (tmp_path / "a").write_bytes(b"damaged")
     assert first.resume(net, optimiser) == 0
+
+
+def test_two_branches_turn_from_the_data_as_it_is_to_the_reversed_sampler() -> None:
+    """α = 1 − (t / T)², BBN's schedule (Zhou et al. 2020)."""
+    seen: list[float] = []
+
+    class Watched(Bbn):
+        def mixed(self, conventional: torch.Tensor, balanced: torch.Tensor, alpha: float) -> torch.Tensor:
+            seen.append(alpha)
+            return super().mixed(conventional, balanced, alpha)
+
+    fit_net(Watched(8, 4, len(LABELS)), lesson(16), NetSpec(depth=8, width=4, epochs=3, batch=16), PIXEL)
+    assert seen == pytest.approx([1, 1 - 1 / 9, 1 - 4 / 9])
+
+
+def test_the_reversed_samplers_rows_are_balanced_by_its_own_prior() -> None:
+    counts = np.array([12, 3, 1])
+    data, targets = lesson(16), one_hot(np.repeat(np.arange(3), counts), 3)
+    whole = Lesson(data.images, targets, data.weights, data.labelled, data.reverse)
+    rows = fitting._Data(whole, np.arange(16), np.zeros((16, 3), np.float32), data.weights, NetSpec(batch=16), two=True)
+    (batch,) = rows.batches(torch.Generator().manual_seed(0))
+    assert batch.second is not None
+    expected = np.log((1 / counts) / (1 / counts).sum())
+    np.testing.assert_allclose(batch.second.shift.numpy(), np.tile(expected, (16, 1)), rtol=1e-5)

@@ -13,8 +13,8 @@ from vision_kit import LABELS, SMALL, image_split, image_task, tinted
 from kcm.app.models import load_small_kind
 from kcm.assets import cache_dir
 from kcm.errors import ConfigError, DataError
-from kcm.task import NetSpec, Task
-from training.fit import cross_fit, one_hot
+from kcm.task import NetSpec, PreprocessSpec, Task
+from training.fit import cross_fit, fit, one_hot
 from training.program import labelled_examples, train_run
 from training.run import load_run, save_run
 from training.small import Examples, subset
@@ -200,3 +200,18 @@ def test_a_bundle_names_weights_without_the_path_of_this_machine(tmp_path: Path)
     net = {"net": {"weights": "/home/me/nets/lite"}}
     shipped = image_task(tmp_path, {"kind": "efficientnet-lite", **net}, large={"kind": "efficientnet-lite", **net}).shipped()
     assert shipped["small"]["net"]["weights"] == shipped["large"]["net"]["weights"] == "lite"
+
+
+def test_a_seed_draws_the_net(task: Task, kind: Vision, examples: Examples) -> None:
+    few = subset(kind, examples, np.arange(64))
+    nets = [fit(task, kind, few, seed=seed).small.net.state_dict() for seed in (0, 1, 1)]
+    heads = [net["head.weight"] for net in nets]
+    assert torch.equal(heads[1], heads[2]) and not torch.equal(heads[0], heads[1])
+
+
+@needs_weights
+def test_cached_features_are_of_one_way_to_read_an_image() -> None:
+    plain = PreprocessSpec(kind="image", size=32)
+    changed = [{}, {"size": 48}, {"resize": "squash"}, {"mean": (1.0, 2.0, 3.0)}, {"std": (1.0, 2.0, 3.0)}]
+    specs = [msgspec.structs.replace(plain, **change) for change in changed]
+    assert len({frozen.Backbone(NetSpec(), spec, ".")._key([b"an image"]) for spec in specs}) == len(specs)

@@ -18,7 +18,7 @@ from kcm.sample import Hint
 from kcm.task import Task
 from training.data import Split
 from training.vision import checkpoint
-from training.vision.large import FittedLarge, check_large, fit_hint_weight, fit_large, fit_temperature, large_preprocess
+from training.vision.large import FittedLarge, KeptBack, check_large, fit_hint_weight, fit_large, fit_temperature, large_preprocess
 
 LITE = cache_dir() / "models" / "efficientnet-lite0"
 NET = {"depth": 8, "width": 8, "epochs": 5, "batch": 16}
@@ -152,13 +152,16 @@ def test_the_cloud_serves_what_was_trained(tmp_path: Path) -> None:
     large = LargeInProcess(task, tmp_path / "large", data, said.append)
     described = read_large(tmp_path / "large")
     assert described.kind == "resnet" and described.model == "large.onnx" and described.preprocess.kind == "image"
-    assert any(f"temperature {described.temperature:.2f}, hint weight {described.hint_weight:.2f}, on 12 rows" in line for line in said)
+    figures = f"temperature {described.temperature:.2f}, hint weight {described.hint_weight:.2f}"
+    assert any(figures in line and "on 12 rows" in line for line in said)
 
     fitted = fit_large(task, data, quiet)  # the same again
     images, _ = tinted(20, seed=1)
     payloads = image_split(20, seed=1).payloads
     plain = fuse(fitted.model.logits(images), np.zeros((20, 3), np.float32), temperature=fitted.temperature, weight=0.0)
     np.testing.assert_allclose(large.logits(payloads), plain, atol=2e-3)
+    again = [payloads[3], *image_split(2, seed=2).payloads, payloads[3], payloads[0]]  # some known, one twice
+    np.testing.assert_allclose(large.logits(again)[[0, 3, 4]], plain[[3, 3, 0]], atol=2e-3)
     served = load_large(tmp_path / "large")
     assert served.teacher_id == f"resnet-{described.large_id}" and served.reads_hints == (described.hint_weight > 0)
     hint = Hint(label_ids=(1,), probabilities=(0.9,), confidence=0.9)
@@ -202,3 +205,13 @@ def test_a_frozen_large_models_kept_back_rows_are_judged_by_a_head_that_had_not_
     assert (fitted.logits.argmax(1) == fitted.labels).mean() < 0.8
     images = task.preprocess.size
     assert fitted.model.size == 64 != images
+
+
+def test_a_hint_that_says_no_more_than_the_class_prior_weighs_nothing() -> None:
+    """The kept rows are of a long tail and the logits of a balanced world: without the shift the prior itself would look like news."""
+    draw, prior = np.random.default_rng(0), np.array([0.8, 0.15, 0.05], np.float32)
+    labels = draw.choice(3, 2000, p=prior / prior.sum())
+    logits = (2 * (draw.normal(size=(2000, 3)) + 2 * np.eye(3)[labels])).astype(np.float32)
+    hints = [np.tile(np.log(prior), (2000, 1))]
+    assert fit_hint_weight(KeptBack(logits, labels, np.log(prior), 1.0), hints) < 0.1
+    assert fit_hint_weight(KeptBack(logits, labels, np.zeros(3, np.float32), 1.0), hints) > 0.5
