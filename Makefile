@@ -33,7 +33,7 @@ test: assets  ## every test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-fast: setup  ## the quick ones, under three minutes
-	$(BIN)/python -m pytest -m "not slow and not fault"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not fault"
 
 check: setup  ## style, types, import direction
 	$(BIN)/ruff check .
