@@ -40,7 +40,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     quick: Budget
 
 
-_ENCODER = "BERT is MiniLM (22.7M parameters, frozen, a head fitted on 1,500 documents), the edge has 8 labels a class"
+_ENCODER = "BERT is MiniLM (22.7M parameters, frozen, a head fitted on at most 1,500 documents), the edge has 8 labels a class"
 LANGUAGE = (
     Part(
         name="r52",
