@@ -16,15 +16,13 @@ from numpy.typing import NDArray
 from kcm.errors import ConfigError
 from kcm.images import ImagePreprocessor, Pixels
 from kcm.preprocess import as_text
-from kcm.sample import Payload
 from kcm.task import Task
-from training.image_files import pixels_of
 from training.judge import Predictions
 from training.retrieval.align import align, standardised
 from training.retrieval.gallery import load_gallery
 from training.retrieval.net import GalleryNet, net_of
 from training.small import Examples
-from training.vision.kind import VisionModel, vision_model
+from training.vision.kind import OfPixels, VisionModel, vision_model
 
 Float32 = NDArray[np.float32]
 Index = NDArray[np.int64]
@@ -33,7 +31,7 @@ _L2 = 0.1  # on pixels whose squares add up to about one
 _WEIGHTS = "small.safetensors"
 
 
-class DualImages:
+class DualImages(OfPixels):
     """The kind of small model (training/small.py) that finds captions for images. Features are pixels."""
 
     by_item = True  # cross-fitting keeps the queries of one item together
@@ -48,16 +46,6 @@ class DualImages:
         """The gallery's embeddings [G, D]."""
         gallery = load_gallery(self._task)
         return gallery.pooled(standardised(self._embed([as_text(payload) for payload in gallery.payloads])))
-
-    def featurise(self, payloads: Sequence[Payload]) -> Pixels:
-        """Raises DataError where an image can't be decoded."""
-        return pixels_of(payloads, self.preprocessor)
-
-    def take(self, features: Pixels, index: Index) -> Pixels:
-        return features[index]
-
-    def join(self, first: Pixels, second: Pixels) -> Pixels:
-        return np.concatenate([first, second])
 
     def fit(self, examples: Examples) -> VisionModel:
         """Raises ConfigError or DataError where the gallery or its encoder can't be had."""

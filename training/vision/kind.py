@@ -134,7 +134,23 @@ def vision_model(kind: Kind, net: Net, classes: int, spec: PreprocessSpec) -> Vi
     return VisionModel(kind, net.eval(), classes, spec.size, spec.mean, spec.std)
 
 
-class Vision:
+class OfPixels:
+    """The features of a small model that reads pixels: uint8 [N, S, S, 3]."""
+
+    preprocessor: ImagePreprocessor
+
+    def featurise(self, payloads: Sequence[Payload]) -> Pixels:
+        """Raises DataError where an image can't be decoded."""
+        return pixels_of(payloads, self.preprocessor)
+
+    def take(self, features: Pixels, index: Index) -> Pixels:
+        return features[index]
+
+    def join(self, first: Pixels, second: Pixels) -> Pixels:
+        return np.concatenate([first, second])
+
+
+class Vision(OfPixels):
     """The kind of small model whose whole net is fitted. Features are pixels."""
 
     def __init__(self, task: Task, progress: Progress = lambda _: None, *, seed: int = 0) -> None:
@@ -152,16 +168,6 @@ class Vision:
 
     def seeded(self, seed: int) -> Vision:
         return Vision(self._task, self._progress, seed=seed)
-
-    def featurise(self, payloads: Sequence[Payload]) -> Pixels:
-        """Raises DataError where an image can't be decoded."""
-        return pixels_of(payloads, self.preprocessor)
-
-    def take(self, features: Pixels, index: Index) -> Pixels:
-        return features[index]
-
-    def join(self, first: Pixels, second: Pixels) -> Pixels:
-        return np.concatenate([first, second])
 
     def fit(self, examples: Examples) -> VisionModel:
         """Raises DataError where the loss diverges."""

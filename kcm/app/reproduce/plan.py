@@ -40,6 +40,8 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     quick: Budget
 
 
+_QUICK = Budget(seeds=1, rounds=1, at_most=_FEW)
+_QUICK_IMAGES = Budget(seeds=1, rounds=1, at_most=_FEW_IMAGES, epochs=2)
 _ENCODER = "BERT is MiniLM (22.7M parameters, frozen, a head fitted on at most 1,500 documents), the edge has 8 labels a class"
 LANGUAGE = (
     Part(
@@ -48,7 +50,7 @@ LANGUAGE = (
         task="r52",
         differs=f"{_ENCODER}; APD's event roles are topics of Reuters news",
         whole=Budget(rounds=3),
-        quick=Budget(seeds=1, rounds=1, at_most=_FEW),
+        quick=_QUICK,
     ),
     Part(
         name="20newsgroups",
@@ -56,7 +58,7 @@ LANGUAGE = (
         task="20newsgroups",
         differs=_ENCODER,
         whole=Budget(rounds=3),
-        quick=Budget(seeds=1, rounds=1, at_most=_FEW),
+        quick=_QUICK,
     ),
 )
 CHAT = (
@@ -79,7 +81,7 @@ VISION = (
         large="resnet",
         differs=f"ResNet-32 is fitted for fewer epochs than the paper's; {_CIFAR}",
         whole=Budget(seeds=3, rounds=2),
-        quick=Budget(seeds=1, rounds=1, at_most=_FEW_IMAGES, epochs=2),
+        quick=_QUICK_IMAGES,
     ),
     Part(
         name="cifar-bbn",
@@ -88,7 +90,7 @@ VISION = (
         large="bbn",
         differs=f"a two-branch ResNet-32 in BBN's manner, fewer epochs; {_CIFAR}",
         whole=Budget(seeds=3, rounds=2),
-        quick=Budget(seeds=1, rounds=1, at_most=_FEW_IMAGES, epochs=2),
+        quick=_QUICK_IMAGES,
     ),
     Part(
         name="cifar-efficientnet",
@@ -97,7 +99,7 @@ VISION = (
         large="efficientnet-lite",
         differs=f"a backbone that the paper doesn't have: ImageNet weights, a head fitted here; {_CIFAR}",
         whole=Budget(seeds=3, rounds=2),
-        quick=Budget(seeds=1, rounds=1, at_most=_FEW_IMAGES, epochs=2),
+        quick=_QUICK_IMAGES,
     ),
 )
 _EMOJI = (
@@ -110,7 +112,7 @@ MULTIMODAL = (
         task="emoji-i2t",
         differs=_EMOJI,
         whole=Budget(rounds=2),
-        quick=Budget(seeds=1, rounds=1, at_most=_FEW),
+        quick=_QUICK,
     ),
     Part(
         name="emoji-t2i",
@@ -118,7 +120,7 @@ MULTIMODAL = (
         task="emoji-t2i",
         differs=_EMOJI,
         whole=Budget(rounds=2),
-        quick=Budget(seeds=1, rounds=1, at_most=_FEW),
+        quick=_QUICK,
     ),
 )
 
